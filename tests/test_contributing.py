@@ -61,7 +61,7 @@ def test_a_class_need_not_register_itself(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("entry_point", "message"),
     [
-        ("own = own_algorithms:Missing", r"'own' of fake is left out: AttributeError.* Fix its entry point"),
+        ("own = own_algorithms:Missing", r"Skipped the algorithm 'own' of fake: AttributeError.* Fix its entry point"),
         ("own = no_such_module:Own", "ModuleNotFoundError: No module named 'no_such_module'"),
         ("own = own_algorithms:Other", r"own_algorithms:Other is not a subclass of fl\.algorithms\.Algorithm"),
         ("fedavg = own_algorithms:Own", "The algorithm name 'fedavg' is taken by FedAvg"),

@@ -1,4 +1,4 @@
-"""Low-rank adapters: how those of several clients become one."""
+"""Aggregation of the clients' low-rank adapters."""
 
 from lightning_fl.adapters.lora_product import LoRAProduct
 

@@ -1,4 +1,4 @@
-"""Averages what low-rank adapters do to the model, instead of their factors one by one."""
+"""Averages the products of low-rank adapters instead of their factors."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Mapping, Sequence
@@ -24,11 +24,12 @@ class Products:
     """Accumulator of :class:`LoRAProduct`.
 
     Args:
-        mean: That of the weighted mean, with a product in place of each pair.
-        pairs: The pairs.
-        factors: Their values at the round's start.
-        bases: By the name of each ``lora_A`` that of the layer's weight, if products are merged into it.
-        weights: These weights at the round's start.
+        mean: The accumulator of the weighted mean, with a product in place of each pair of factors.
+        pairs: The name of each ``lora_A``, mapped to that of its ``lora_B``.
+        factors: The values of the factors at the round's start.
+        bases: The name of each ``lora_A``, mapped to that of its layer's weight; empty unless products are merged
+            into it.
+        weights: The values of these weights at the round's start.
     """
 
     mean: Any
@@ -38,7 +39,7 @@ class Products:
     weights: Tree = field(default_factory=dict)
 
     def with_products(self, update: Update, factors: Tree | None = None) -> Update:
-        """The update with ``B_i A_i`` in place of the changes of the two factors; of a client or a group's, stacked."""
+        """The update with ``B_i A_i`` in place of the changes of the factors, for one client or a stacked group."""
         factors = self.factors if factors is None else factors
         replaced = {*self.pairs, *self.pairs.values()}
         delta = {name: tensor for name, tensor in update.delta.items() if name not in replaced}
@@ -51,34 +52,35 @@ class Products:
 
 @dataclass(frozen=True)
 class LoRAProduct(Aggregator):
-    r"""The weighted mean of the clients' products :math:`B_i A_i`, as factors of the adapters' rank or in the base.
+    r"""The weighted mean of the clients' products :math:`B_i A_i`, factorised again or merged into the base weights.
 
-    A layer with a low-rank adapter computes :math:`W x + s B A x`. Means of the factors are not those of the products:
-    :math:`\sum_i p_i B_i A_i - \bar B \bar A = \sum_i p_i (B_i - \bar B)(A_i - \bar A)`. Here
+    A layer with a low-rank adapter computes :math:`W x + s B A x`. The product of the mean factors is not the mean of
+    the products: :math:`\sum_i p_i B_i A_i - \bar B \bar A = \sum_i p_i (B_i - \bar B)(A_i - \bar A)`. Here
 
     .. math::
         B A = \left[ \sum_i p_i \, B_i A_i \right]_r, \quad B = U_r \sqrt{\Sigma_r}, \quad A = \sqrt{\Sigma_r} V_r^T
 
-    with the best approximation of rank r by the singular value decomposition :math:`U \Sigma V^T`. The signs are such
+    is the best rank-r approximation, by the singular value decomposition :math:`U \Sigma V^T`. Signs are chosen such
     that the largest entry of each column of U is positive. All other tensors are averaged.
 
-    With ``method="stack"`` nothing is cut off: the mean of the products is added to the base,
-    :math:`W \leftarrow W + s \sum_i p_i B_i A_i`, and the adapters start afresh, B at 0 and A drawn as in peft. It
-    is what the stacked factors of all clients amount to. The base moves in every round, so that checkpoints hold it.
+    With ``method="stack"`` nothing is truncated: the mean of the products is added to the base weights,
+    :math:`W \leftarrow W + s \sum_i p_i B_i A_i`, and the adapters are reinitialised, B to 0 and A at random as in
+    peft. This is equivalent to stacking the factors of all clients. The base weights change in every round, so
+    checkpoints contain them.
 
-    A pair has names that differ in ``lora_A`` and ``lora_B`` only, as peft's; A is of shape ``[r, in]``, B of
-    ``[out, r]``. Between ranks a product of ``out x in`` numbers travels for each pair, as much as the layer has.
+    The names of a pair differ in ``lora_A`` and ``lora_B`` only, as in peft; A has the shape ``[r, in]``, B
+    ``[out, r]``. Ranks exchange a product of ``out x in`` numbers for each pair, as many as the layer has.
 
     Args:
-        method: ``"svd"`` or ``"stack"``.
-        rank: The rank r of ``"svd"``; further rows and columns are 0. None: that of the adapters.
-        alpha: peft's ``lora_alpha``, which gives the scale s = alpha / r of ``"stack"``.
-        rslora: Whether the scale is that of rsLoRA, alpha / sqrt(r).
+        method: ``"svd"`` or ``"stack"``. Default ``"svd"``.
+        rank: The rank r of ``"svd"``; rows and columns beyond it are 0. Default None: the adapters' rank.
+        alpha: peft's ``lora_alpha``, required for ``"stack"``, whose scale is s = alpha / r. Default None.
+        rslora: Whether to use rsLoRA's scale alpha / sqrt(r). Default False.
 
     Raises:
-        ValueError: If ``"stack"`` is not told ``alpha``, or ``"svd"`` is; beside an algorithm whose server does more
-            than average, or that sends side channels; in the first round, if the trained tensors hold no pair, or half
-            of one.
+        ValueError: If ``alpha`` is missing for ``"stack"`` or given for ``"svd"``; with an algorithm whose server does
+            more than average, or that sends side channels; in the first round, if the trained tensors contain no pair,
+            or only half of one.
 
     References:
         Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
@@ -104,7 +106,7 @@ class LoRAProduct(Aggregator):
                 "alpha=lora_alpha; method='svd' does not."
             )
         if self.rank is not None and (stacks or self.rank < 1):
-            raise ValueError(f"{self!r}: rank is a positive number for method='svd' only.")
+            raise ValueError(f"{self!r}: rank must be a positive number, and is for method='svd' only.")
 
     @property
     def moves_frozen(self) -> bool:
@@ -157,19 +159,19 @@ class LoRAProduct(Aggregator):
 
 
 def _drawn(like: Tensor, ctx: RoundContext, name: str) -> Tensor:
-    """A fresh factor A, as peft draws it: uniform in +-1 / sqrt(in), the same on all ranks."""
+    """A new random factor A, initialised as in peft: uniform in +-1 / sqrt(in), the same on all ranks."""
     generator = torch.Generator().manual_seed(derive_seed(ctx.seed, ctx.round, "adapter", name))
     drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
     return ((2 * drawn - 1) / like.shape[1] ** 0.5).to(like)
 
 
 def factorize(product: Tensor, rank: int, size: int | None = None) -> tuple[Tensor, Tensor]:
-    """The factors whose product is the best approximation of a rank; beyond the rank columns and rows are 0.
+    """The factors ``[out, size]`` and ``[size, in]`` of the best low-rank approximation; 0 beyond the rank.
 
     Args:
         product: The matrix ``[out, in]``.
         rank: The rank.
-        size: Columns of the first factor and rows of the second. None: ``rank``.
+        size: Number of columns of the first factor and of rows of the second. None: ``rank``.
     """
     left, values, right = torch.linalg.svd(product.double(), full_matrices=False)
     rows = left.abs().argmax(dim=0)

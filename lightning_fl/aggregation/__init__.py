@@ -1,4 +1,4 @@
-"""How updates become one: aggregators, and the transforms on their way."""
+"""Aggregators, which combine the clients' updates, and transforms, which change updates on their way."""
 
 from lightning_fl.aggregation.aggregator import Aggregator, ClientLost, FederationFacts
 from lightning_fl.aggregation.compression import (

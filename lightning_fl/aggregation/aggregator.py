@@ -1,4 +1,4 @@
-"""The aggregator's interface: how updates become one."""
+"""The interface of an aggregator, which combines the clients' updates."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
@@ -20,16 +20,17 @@ class ClientLost(Exception):
 
 @dataclass(frozen=True)
 class FederationFacts:
-    """What every rank may know before it trains or evaluates.
+    """Facts about the federation that every rank knows before it trains or evaluates.
 
     Args:
         silos: Whether each rank is a silo with its own data.
-        cohort_size: Clients in a round.
+        cohort_size: Number of clients in a round.
         is_training: Whether training is about to start, rather than an evaluation.
-        max_weight: Returns the largest weight of a client, or None if nobody may know it.
-        min_cohort_size: The fewest clients that a round may have. None: ``cohort_size``.
+        max_weight: Returns the largest weight of a client, or None if it must stay unknown.
+        min_cohort_size: Smallest number of clients in a round. None: ``cohort_size``.
         clients: All clients; empty in an evaluation.
         seed: Seed of the federation's random choices.
+        weights: Returns the weights of the clients whose number of examples this rank knows before training.
     """
 
     silos: bool
@@ -39,27 +40,28 @@ class FederationFacts:
     min_cohort_size: int | None = None
     clients: Collection[ClientId] = ()
     seed: int = 0
+    weights: Callable[[], Mapping[ClientId, float]] = dict
 
 
 class Aggregator(ABC):
     """Turns the updates of a round into one aggregate.
 
     ``open`` runs once at the start of a fit or evaluation and returns a session. In each round, ``init`` and ``add``
-    run on each rank for its clients, ``merge`` once over all ranks, and ``result`` last. State is passed in and
-    returned; an aggregator never changes.
+    run on each rank for its clients, then ``merge`` once over all ranks, and ``result`` last. State is passed in and
+    returned; the aggregator itself never changes.
     """
 
-    # False unless declared: client-level privacy rests on the claim, and refuses an aggregator that does not make it.
+    # False unless declared: client-level privacy relies on it, and refuses an aggregator that doesn't declare it.
     is_sum: ClassVar[bool] = False
-    """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding. If so, one client moves
-    it by no more than its weight times the norm of its update."""
+    """Whether the aggregate is the weighted sum of the updates, up to floating-point rounding. Then one client changes
+    it by at most its weight times the norm of its update."""
     hides_reports: ClassVar[bool] = False
     """Whether :meth:`merge` and :meth:`gather` reveal only the sums over ranks of a report's field ``"sums"``, a dict
     of numbers by name. The first report they return then holds those sums."""
 
     @property
     def moves_frozen(self) -> bool:
-        """Whether :meth:`moves` names any frozen parameters."""
+        """Whether :meth:`moves` may name frozen parameters."""
         return False
 
     weighting: ClassVar[Literal["examples", "uniform"] | None] = None
@@ -67,19 +69,19 @@ class Aggregator(ABC):
 
     @property
     def server_data(self) -> Any:
-        """The loader of the server's own data; None if there is none.
+        """The DataLoader of the server's own data; None if there is none.
 
-        In each round the server trains on it as a client does; the update is ``ctx.root``.
+        In each round the server trains on it like a client; the update is ``ctx.root``.
         """
         return None
 
     @property
     def needs_server(self) -> bool:
-        """Whether the server looks at updates with data of its own, which takes a simulation."""
+        """Whether the server evaluates updates on its own data, which is possible in a simulation only."""
         return self.server_data is not None
 
     def check(self, algorithm: Algorithm) -> None:
-        """Checks that the aggregator is correct beside the algorithm; called when the strategy is built.
+        """Checks that the aggregator is correct for the algorithm; called when the strategy is built.
 
         Raises:
             ValueError: If it is not.
@@ -87,7 +89,7 @@ class Aggregator(ABC):
         return
 
     def moves(self, names: Sequence[str], trained: Mapping[str, torch.Tensor]) -> Sequence[str]:
-        """The frozen parameters that :meth:`result` moves; they count as buffers, to which clients add nothing.
+        """The frozen parameters that :meth:`result` changes; they are treated as buffers that clients leave unchanged.
 
         Args:
             names: The module's frozen parameters.
@@ -96,7 +98,7 @@ class Aggregator(ABC):
         return ()
 
     def check_cohort(self, num_clients: int) -> None:
-        """Checks that rounds with so many clients can be aggregated; called when the strategy is built, if it is known.
+        """Checks that rounds of ``num_clients`` can be aggregated; called when the strategy is built, if it is known.
 
         Raises:
             ValueError: If they can't.
@@ -105,22 +107,22 @@ class Aggregator(ABC):
 
     @property
     def integer_bits(self) -> int | None:
-        """Bits of the modulus in which integer tensors of unit weight are summed exactly; None if they are not."""
+        """Bits of the modulus in which integer tensors of weight 1 are summed exactly; None if they are not."""
         return None
 
     def min_clients_of(self, cohort_size: int) -> int:
-        """Returns the fewest of a cohort's clients whose updates are summed; with fewer :meth:`merge` raises."""
+        """Returns the smallest number of a cohort's updates that are summed; with fewer, :meth:`merge` raises."""
         return 1
 
     def open(self, group: Group, facts: FederationFacts) -> Any:
-        """Returns the session: what lasts for a whole fit or evaluation, such as agreed keys. None if there is nothing.
+        """Returns the session, which lasts for a whole fit or evaluation, such as agreed keys. None if not needed.
 
         Called on every rank, before ranks exchange anything else. The caller keeps the session and passes it to
         :meth:`init` and :meth:`gather`; it is not stored on the aggregator.
 
         Args:
             group: The ranks of the federation.
-            facts: Who is going to train or evaluate.
+            facts: Facts about the federation.
 
         Raises:
             ValueError: On every rank, if the updates of this federation can't be aggregated.
@@ -129,13 +131,13 @@ class Aggregator(ABC):
 
     @abstractmethod
     def init(self, template: Update, device: torch.device, session: Any = None) -> Any:
-        """Returns an empty accumulator, which carries what it needs of the session.
+        """Returns an empty accumulator; it also holds whatever later methods need of the session.
 
         Args:
-            template: An update with the names and shapes of all that will come; in a round, its delta and buffers hold
+            template: An update with the names and shapes of all updates to come; in a round, its delta and buffers hold
                 the global model.
-            device: Where the updates will be.
-            session: What :meth:`open` returned.
+            device: Device of the updates.
+            session: The session that :meth:`open` returned.
         """
 
     @abstractmethod
@@ -145,12 +147,12 @@ class Aggregator(ABC):
         The result may reuse the memory of ``acc``, which must not be used afterwards.
 
         Raises:
-            ClientLost: If the client has vanished; the round goes on without it, and with ``acc`` as it was.
+            ClientLost: If the client has vanished; the round goes on without it, and with ``acc`` unchanged.
         """
 
     @property
     def adds_groups(self) -> bool:
-        """Whether :meth:`add_group` does for several updates what :meth:`add` does for one."""
+        """Whether :meth:`add_group` is implemented."""
         # A subclass that overrides only `add` would be bypassed by the `add_group` it inherits.
         owner = {name: next(c for c in type(self).__mro__ if name in vars(c)) for name in ("add", "add_group")}
         return issubclass(owner["add_group"], owner["add"])
@@ -168,15 +170,15 @@ class Aggregator(ABC):
 
     @abstractmethod
     def merge(self, acc: Any, group: Group, report: Message, ctx: RoundContext) -> tuple[Any, list[Message]]:
-        """Joins the ranks' accumulators; the only place with the tensor collective.
+        """Merges the ranks' accumulators; the only method that exchanges tensors between ranks.
 
-        ``acc`` stays valid, so that a merge that failed can be retried.
+        ``acc`` stays valid, so that a failed merge can be retried.
 
         Args:
             acc: This rank's accumulator.
             group: The ranks of the federation.
-            report: What this rank tells the others of the round (metrics, timings). It goes through the aggregator so
-                that one that hides updates can hide the report as well.
+            report: This rank's report on the round (metrics, timings). It goes through the aggregator, so that an
+                aggregator that hides updates can hide the report as well.
             ctx: Facts of the round.
 
         Returns:
@@ -187,10 +189,10 @@ class Aggregator(ABC):
         """Returns the reports of all ranks outside a round, such as the results of an evaluation.
 
         Args:
-            session: What :meth:`open` returned.
+            session: The session that :meth:`open` returned.
             group: The ranks of the federation.
-            report: What this rank tells the others.
-            topic: What the report is about; the same on every rank.
+            report: This rank's report.
+            topic: The subject of the report; the same on every rank.
         """
         return group.all_gather(report, topic)
 
@@ -199,23 +201,23 @@ class Aggregator(ABC):
         """Returns the aggregate of the merged accumulator.
 
         Raises:
-            ValueError: If the weights add up to nothing.
+            ValueError: If the weights add up to 0.
         """
 
     def shares(self, acc: Any, ctx: RoundContext) -> Mapping[ClientId, float]:
-        """Returns each client's share in the merged accumulator; empty if it has none that could be told."""
+        """Returns each client's share in the merged accumulator; empty if shares are not defined or unknown."""
         return {}
 
     def remember(self, acc: Any, ctx: RoundContext) -> State:
-        """Returns what to keep of the merged accumulator: ``ctx.memory`` of the next round.
+        """Returns what the aggregator keeps for the next round, where it is ``ctx.memory``.
 
-        It stands in the checkpoint. A round without clients leaves it as it is.
+        It is part of the checkpoint. A round without clients leaves it unchanged.
         """
         return ctx.memory
 
     def report(self, acc: Any, ctx: RoundContext) -> Mapping[str, Any]:
-        """Returns what to keep of the merged accumulator in the round's entry of ``strategy.history``.
+        """Returns facts about the merged accumulator for the round's entry in ``strategy.history``.
 
-        Numbers are logged every round, strings once. ``left_out`` names the clients that do not count, each with why.
+        Numbers are logged every round, strings once. ``left_out`` maps each client that was left out to the reason.
         """
         return {}

@@ -1,4 +1,4 @@
-"""How attackers enter a simulated federation."""
+"""The interface through which simulated attackers enter a federation."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning_fl.data.client_loaders import ClientLoaders
 
 
 class Corruption(ABC):
-    """What some clients do to a simulated federation; ``fl.attacks.Adversary`` is one."""
+    """Corrupts the data or updates of some clients of a simulation; ``fl.attacks.Adversary`` is one."""
 
     @abstractmethod
     def wrap_loaders(self, loaders: ClientLoaders, seed: int) -> ClientLoaders:
-        """Returns the loaders with which the clients train."""
+        """Returns the loaders on which the clients train."""
 
     @abstractmethod
     def wrap_aggregator(self, aggregator: Aggregator) -> Aggregator:
-        """Returns an aggregator that receives what the attackers send."""
+        """Returns an aggregator that also receives the attackers' updates."""

@@ -1,4 +1,4 @@
-"""The weighted mean, taken in each round by another rank."""
+"""The weighted mean, computed by another rank in each round."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_fl.topologies import Swarm
 
 @dataclass(frozen=True)
 class ElectedMean(WeightedMean):
-    """The weighted mean of :class:`~lightning_fl.topologies.Swarm`: the elected rank adds, and talks to all others.
+    """The weighted mean of :class:`~lightning_fl.topologies.Swarm`: the rank that is elected in a round computes it.
 
-    A rank that is not elected sends its sum to one rank and to nobody else, and receives the total from it.
+    Every other rank sends its sum to the elected rank only, and receives the total from it.
 
     Args:
-        swarm: Who is elected.
+        swarm: Elects the client of each round.
     """
 
     swarm: Swarm
 
     def total(self, flat: Tensor, group: Group, ctx: RoundContext) -> Tensor:
         """See :meth:`WeightedMean.total`."""
-        # The position of a client modulo the number of ranks is its home; silos are ranks.
+        # A client's home rank is its position modulo the number of ranks; each silo is a rank.
         elected, ranks = self.swarm.elected(ctx.population, ctx.round) % group.size, range(group.size)
         size, nothing = len(flat), flat[:0]
         is_elected = group.rank == elected
@@ -39,5 +39,5 @@ class ElectedMean(WeightedMean):
         return group.all_to_all(back, [size if rank == elected else 0 for rank in ranks])[elected]
 
     def report(self, acc: Any, ctx: RoundContext) -> Mapping[str, Any]:
-        """The place of the elected client among all."""
+        """The position of the elected client among all."""
         return {"elected": self.swarm.elected(ctx.population, ctx.round)}

@@ -21,11 +21,11 @@ class WeightedSum:
     """Accumulator of :class:`WeightedMean`: running sums, so that memory does not grow with the number of clients.
 
     Args:
-        layout: Where each tensor stands in the flat buffers.
-        sums: The flat buffers, one per dtype: what the ranks all-reduce.
-        views: The same memory as trees.
+        layout: The position of each tensor in the flat buffers.
+        sums: The flat buffers, one per dtype, which the ranks all-reduce.
+        views: Views of the same memory as trees.
         weight: The sum of the weights.
-        num_clients: Updates that were added.
+        num_clients: Number of updates added.
     """
 
     layout: Layout
@@ -36,9 +36,9 @@ class WeightedSum:
 
 
 class WeightedMean(Aggregator):
-    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, by running sums and one all-reduce per dtype.
+    r"""The weighted mean :math:`\sum_i w_i u_i / \sum_i w_i`, from running sums and one all-reduce per dtype.
 
-    Sums are accumulated in the tensors' dtype, at least float32; those of integer buffers in float64.
+    Sums are accumulated in the tensors' dtype, at least float32; integer buffers in float64.
     """
 
     is_sum = True
@@ -52,18 +52,17 @@ class WeightedMean(Aggregator):
         trees = update_trees(update)
         acc.layout.check(trees)
         for tree, tensors in trees.items():
-            # Side channels are sums over the clients, such as counts, which a weight would distort.
+            # Side channels are unweighted sums over the clients, such as counts.
             weight = 1.0 if tree.startswith("aux/") else update.weight
             for name, tensor in tensors.items():
-                # Into the flat buffer through its view, so that neither a weighted copy nor a flat one of the update is
-                # made.
+                # Adds into the flat buffer through its view, which avoids a weighted and a flattened copy.
                 acc.views[tree][name].add_(tensor, alpha=weight)
         return WeightedSum(acc.layout, acc.sums, acc.views, acc.weight + update.weight, acc.num_clients + 1)
 
     def add_group(self, acc: WeightedSum, updates: Update, weights: Sequence[float], ctx: RoundContext) -> WeightedSum:
         if len(weights) == 1:
             return self.add(acc, replace(updates.part(0), weight=weights[0]), ctx)
-        # Stacked tensors have the same shape for every client, so one client's part stands for all.
+        # Stacked tensors have the same shape for every client, so checking one client's part is enough.
         acc.layout.check(update_trees(updates.part(0)))
         for tree, tensors in update_trees(updates).items():
             factors = [1.0] * len(weights) if tree.startswith("aux/") else weights
@@ -75,15 +74,15 @@ class WeightedMean(Aggregator):
     def merge(
         self, acc: WeightedSum, group: Group, report: Message, ctx: RoundContext
     ) -> tuple[WeightedSum, list[Message]]:
-        # The weights travel with the reports as Python floats, which are float64: in the tensors' dtype a sum of many
-        # example counts would be rounded.
+        # The weights are sent with the reports as Python floats (float64): in the tensors' dtype a sum of many example
+        # counts would be rounded.
         counts = {"weight": acc.weight, "num_clients": acc.num_clients}
-        # The small messages first: ranks that are not at the end of the same round are told apart by the topic, before
+        # The small messages go first: their topic reveals ranks that are not at the end of the same round before
         # tensors are exchanged.
         messages = group.all_gather(Message({**report.fields, **counts}, report.tensors), f"end of round {ctx.round}")
         # `all_reduce` returns a new tensor, so that the accumulator stays valid for another attempt.
         sums = {dtype: self.total(flat, group, ctx) for dtype, flat in acc.sums.items()}
-        # Added in the order of the ranks on each of them, so that all get the same float.
+        # Every rank sums in the order of the ranks, so that all get the same float.
         weight = sum(message.fields["weight"] for message in messages)
         num_clients = sum(message.fields["num_clients"] for message in messages)
         return WeightedSum(acc.layout, sums, acc.layout.unflatten(sums), weight, num_clients), messages

@@ -24,8 +24,17 @@ class AdaptiveServer(Algorithm):
         m &\leftarrow \beta_1 m + (1 - \beta_1) \Delta \\
         x &\leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
-    As in the paper, :math:`v` starts at :math:`\tau^2` and there is no bias correction. Subclasses say how the second
-    moment :math:`v` changes. A complex parameter counts as pairs of real ones.
+    As in the paper, :math:`v` starts at :math:`\tau^2` and there is no bias correction. Subclasses define the update of
+    the second moment :math:`v`. A complex parameter is treated as pairs of real numbers.
+
+    Args:
+        server_lr: The server's learning rate :math:`\eta_s`. Default 0.1.
+        beta1: Momentum :math:`\beta_1` of the mean change. Default 0.9.
+        beta2: Decay rate of the second moment. Default 0.99.
+        tau: The degree of adaptivity :math:`\tau`. Default 0.001.
+
+    Raises:
+        ValueError: If ``beta1`` or ``beta2`` is not in [0, 1), or ``tau`` is not positive.
     """
 
     server_lr: float = 0.1
@@ -42,7 +51,7 @@ class AdaptiveServer(Algorithm):
 
     @abstractmethod
     def second_moment(self, moment: Tensor, change: Tensor) -> Tensor:
-        """The next second moment of a tensor, from the current one and the mean change."""
+        """The updated second moment of a tensor, from the current one and the mean change."""
 
     def server_init(self, params: Tree, population: int) -> State:
         first = tree_map(torch.zeros_like, params)
@@ -62,17 +71,21 @@ class AdaptiveServer(Algorithm):
 @register("fedadagrad")
 @dataclass(frozen=True)
 class FedAdagrad(AdaptiveServer):
-    r"""FedAdagrad: the server divides its step by the root of the sum of all squared changes so far.
+    r"""FedAdagrad: the server divides its step by the root of the sum of all squared mean changes so far.
 
     .. math:: v \leftarrow v + \Delta^2, \qquad x \leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
-    The mean change :math:`\Delta`, its momentum :math:`m` and the start :math:`v = \tau^2` are as in :class:`FedAdam`.
+    The mean change :math:`\Delta`, its momentum :math:`m` and the initial :math:`v = \tau^2` are as in
+    :class:`FedAdam`.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 0.1.
         beta1: Momentum of the mean change. Default 0.9; the paper's experiments use 0 for FedAdagrad.
         beta2: Not used; accepted so that one configuration fits all adaptive server optimizers.
         tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Raises:
+        ValueError: If ``beta1`` or ``beta2`` is not in [0, 1), or ``tau`` is not positive.
 
     Reference:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
@@ -96,10 +109,13 @@ class FedAdam(AdaptiveServer):
     ``torch.optim.Adam`` corrects the bias of both moments; ``FedOpt(torch.optim.Adam)`` runs it.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 0.1.
         beta1: Momentum of the mean change. Default 0.9.
-        beta2: Momentum of its square. Default 0.99.
+        beta2: Decay rate :math:`\beta_2` of the second moment. Default 0.99.
         tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Raises:
+        ValueError: If ``beta1`` or ``beta2`` is not in [0, 1), or ``tau`` is not positive.
 
     Reference:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
@@ -112,19 +128,23 @@ class FedAdam(AdaptiveServer):
 @register("fedyogi")
 @dataclass(frozen=True)
 class FedYogi(AdaptiveServer):
-    r"""FedYogi: like FedAdam, but the second moment changes by an amount that does not grow with itself.
+    r"""FedYogi: like FedAdam, but the size of the second moment's change does not depend on the second moment.
 
     .. math::
         v \leftarrow v - (1 - \beta_2) \, \Delta^2 \, \mathrm{sign}(v - \Delta^2), \qquad
         x \leftarrow x + \eta_s \frac{m}{\sqrt{v} + \tau}
 
-    The mean change :math:`\Delta`, its momentum :math:`m` and the start :math:`v = \tau^2` are as in :class:`FedAdam`.
+    The mean change :math:`\Delta`, its momentum :math:`m` and the initial :math:`v = \tau^2` are as in
+    :class:`FedAdam`.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 0.1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 0.1.
         beta1: Momentum of the mean change. Default 0.9.
-        beta2: How slowly the second moment moves. Default 0.99.
+        beta2: Decay rate :math:`\beta_2`; the closer to 1, the slower the second moment changes. Default 0.99.
         tau: The degree of adaptivity :math:`\tau`; larger is closer to plain momentum. Default 0.001.
+
+    Raises:
+        ValueError: If ``beta1`` or ``beta2`` is not in [0, 1), or ``tau`` is not positive.
 
     Reference:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021.

@@ -1,4 +1,4 @@
-"""AFL: the model that is best for the worst mixture of the clients."""
+"""AFL: minimises the loss of the worst-case mixture of the clients."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("afl")
 @dataclass(frozen=True)
 class AFL(Algorithm):
-    r"""AFL: federated averaging with weights that move to the clients with the largest loss.
+    r"""AFL: federated averaging whose weights shift towards the clients with the largest loss.
 
     .. math::
         \min_x \max_{\lambda \in \Delta} \sum_i \lambda_i F_i(x): \qquad
         x \leftarrow x + \eta_s \frac{\sum_i \lambda_i (y_i - x)}{\sum_i \lambda_i}, \qquad
         \lambda \leftarrow \Pi_\Delta \big( \lambda + \gamma F(x) \big)
 
-    :math:`\Pi_\Delta` projects onto the simplex, and both steps are from the round's start. Each client measures its
-    mean loss :math:`F_i(x)` in an additional pass over its data at the global model. The paper takes one gradient step
-    a round; ``local_steps=1`` is that. A client that does not take part counts with a loss of 0. The server learns each
-    client's loss, also beside a secure sum.
+    :math:`\Pi_\Delta` projects onto the simplex, and both steps use the values at the start of the round. Each client
+    measures its mean loss :math:`F_i(x)` in an additional pass over its data at the global model. The paper takes one
+    gradient step per round, which is ``local_steps=1``. A client that does not take part counts with a loss of 0. The
+    server learns each client's loss, even with secure aggregation.
 
     Args:
-        mixture_lr: The step :math:`\gamma` of the mixture. Default 0.01. Too large, model and mixture chase each other.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        mixture_lr: The learning rate :math:`\gamma` of the mixture. Default 0.01. If it is too large, model and mixture
+            oscillate.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``mixture_lr`` is negative.
@@ -70,14 +71,14 @@ class AFL(Algorithm):
     def client_finish(
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
-        # The aggregator multiplies by the client's weight, which is not to count here.
+        # Cancels the client's weight, by which the aggregator multiplies.
         delta = scale(subtract(params, ctx["params"]), float(ctx["share"]) / (run.weight or 1.0))
         return Update(delta=delta, aux={"mixture": {"sum": ctx["share"]}, "losses": {"of_each": ctx["losses"]}}), client
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         total, losses = float(aggregate.aux["mixture"]["sum"]), aggregate.aux["losses"]["of_each"]
         params = server["params"]
-        if total > 0:  # of a sampled cohort none may count
+        if total > 0:  # in a sampled cohort, every client may have a weight of 0
             params = add(params, aggregate.delta, alpha=self.server_lr / total)
         return {"params": params, "mixture": onto_simplex(server["mixture"] + self.mixture_lr * losses)}
 

@@ -1,4 +1,4 @@
-"""APFL: a personal model per client that is a mixture of its own and the global one."""
+"""APFL: a personal model per client, a mixture of its own and the global model."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from lightning_fl.types import Context, LocalRun, Phase, State, Tree, Update
 @register("apfl")
 @dataclass(frozen=True)
 class APFL(Algorithm):
-    r"""APFL: federated averaging, and per client a model of its own that is mixed with the one it trains for all.
+    r"""APFL: federated averaging, and per client a model of its own that is mixed with the global one.
 
     .. math::
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x) \\
         v_i &\leftarrow v_i - \eta \, \alpha \nabla F_i(u_i), \qquad u_i = \alpha v_i + (1 - \alpha) \, y_i
 
     First the client trains :math:`y_i` exactly as in FedAvg, then its own :math:`v_i` for the same amount of work; the
-    paper advances both in turns, each :math:`v_i` mixed with the :math:`y_i` of that step. What is trained and kept is
-    the mixture :math:`u_i`, a step of :math:`\eta \alpha` of :math:`v_i` being one of :math:`\eta \alpha^2` of it (for
-    plain SGD): so :func:`fl.load_client` and :class:`~lightning_fl.callbacks.PersonalizedEvaluation` have the paper's
-    personal model. The paper also adapts :math:`\alpha`; here it is fixed.
+    paper alternates their steps, and mixes :math:`v_i` with the :math:`y_i` of the same step. The implementation trains
+    and stores the mixture :math:`u_i` itself: with plain SGD, a step of :math:`v_i` with learning rate
+    :math:`\eta \alpha` is a step of :math:`u_i` with :math:`\eta \alpha^2`. So :func:`fl.load_client` and
+    :class:`~lightning_fl.callbacks.PersonalizedEvaluation` see the paper's personal model. The paper also adapts
+    :math:`\alpha`; here it is fixed.
 
     Args:
-        alpha: The share :math:`\alpha` of the client's own model. Default 0.5. 1 is local training, from the global
-            model of the client's first round.
+        alpha: The share :math:`\alpha` of the client's own model in its personal model. Default 0.5. 1 is local
+            training, from the global model of the client's first round.
         own_epochs: Passes over the client's data to train its own model. Default None: as much local work as for the
             global model.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``alpha`` is not in (0, 1] or ``own_epochs`` is not positive; with ``personal`` tensors, because
@@ -69,11 +70,11 @@ class APFL(Algorithm):
         return Phase(), own
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
-        # The first mixture is of the global model with itself.
+        # In its first round a client mixes the global model with itself.
         return {"params": server["params"], "mixed": server["params"] if client is None else client["trained"]}
 
     def _mix(self, own: Tree, trained: Tree, ctx: Context) -> Tree:
-        # The mixture holds what the client had trained for all in its last round: that part is replaced.
+        # The stored mixture contains the y_i of the client's last round: replace it by the current one.
         change = subtract(trained, ctx["mixed"])
         return tree_map(lambda u, new: u + (1 - self.alpha) * new.to(u.dtype), own, change)
 

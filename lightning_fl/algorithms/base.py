@@ -18,48 +18,48 @@ ProbeKind = Literal["loss", "grad", "losses"]
 class Algorithm(ABC):
     """A federated algorithm: a frozen dataclass of hyper-parameters whose methods take state and return state.
 
-    The default of every method is FedAvg's, ``x <- x + server_lr * mean_i(y_i - x)``; a subclass overrides those in
-    which it differs. State is an argument and a return value, a mapping of trees and tensors, and never an attribute:
-    so it can be checkpointed, moved between devices and stacked over clients.
+    Every method defaults to FedAvg, ``x <- x + server_lr * mean_i(y_i - x)``; a subclass overrides the methods in which
+    it differs. State is an argument and a return value, a mapping of trees and tensors, and never an attribute: so it
+    can be checkpointed, moved between devices and stacked over clients.
     """
 
     weighting: ClassVar[Weighting] = "examples"
     """Default aggregation weights, as in the paper; the strategy's ``weighting`` overrides them."""
     keeps_client_state: ClassVar[bool] = False
-    """Whether clients keep state between rounds. Their placement is then sticky: each trains on its home rank."""
+    """Whether clients keep state between rounds. Each client then always trains on the same rank, its home rank."""
     probe: ClassVar[ProbeKind | None] = None
     """What to measure for ``client_init`` in one pass over a client's data at the global model, before it trains; for
     ``"losses"``, in one pass for each of several models."""
     needs_gradient_at: ClassVar[bool] = False
-    """Whether ``grad_transform`` finds the gradient of the step's batch at any parameters in ``ctx["gradient_at"]``, a
-    :class:`~lightning_fl.types.GradientAt`."""
+    """Whether ``grad_transform`` needs ``ctx["gradient_at"]``, a :class:`~lightning_fl.types.GradientAt` that computes
+    the gradient of the step's batch at any parameters."""
     adds_to_gradients: ClassVar[bool] = True
-    """Whether ``grad_transform`` adds a term of its own to each gradient: a parameter that a step gives no gradient is
-    then trained as if it were 0. Otherwise the optimizer leaves it alone, as it does without an algorithm."""
+    """Whether ``grad_transform`` adds a term of its own to each gradient: a parameter without a gradient in some step
+    is then trained as if its gradient were 0. Otherwise the optimizer skips it, as it does without an algorithm."""
     knows_index: ClassVar[bool] = False
-    """Whether ``client_init`` finds in ``server["index"]`` the client's place in the order of all clients' ids."""
+    """Whether ``client_init`` needs ``server["index"]``, the client's position in the order of all clients' ids."""
     keeps_nodes: ClassVar[bool] = False
-    """Whether each client has a model of its own: ``server_update`` then gets each client's change by itself, as
-    :class:`~lightning_fl.aggregation.Nodes` hands it on."""
+    """Whether each client has a model of its own: ``server_update`` then gets each client's change separately, from the
+    aggregator :class:`~lightning_fl.aggregation.Nodes`."""
     mixes_neighbours: ClassVar[bool] = False
-    """Whether ``server_update`` does with ``aggregate.neighbours`` where each silo knows its own change only. Otherwise
-    it is given the changes of all."""
+    """Whether ``server_update`` can work through ``aggregate.neighbours`` where each silo knows its own change only.
+    Otherwise it is given the changes of all clients."""
     sends_parts: ClassVar[bool] = False
-    """Whether :meth:`delta_like` returns some of the parameters only."""
+    """Whether :meth:`delta_like` may return only some of the parameters."""
     is_elementwise: ClassVar[bool] = False
     """Whether each element of the next state depends on the same element of the parameters and updates only, so that
-    processes which hold a part of each can compute theirs. No norms, no means over a tensor, no side channels of
-    another shape."""
+    processes that each hold a shard can compute their shards independently. No norms, no means over a tensor, no side
+    channels of another shape."""
     client_keys: ClassVar[tuple[str, ...]] = ("params",)
     """The entries of the server's state that ``client_init`` reads: only these are sent to silos on other machines."""
     server_lr: float = 1.0
 
     def prepare(self, module: nn.Module) -> None:
-        """Prepares the user's module before its optimizers are made, such as by freezing some of it."""
+        """Changes the user's module before its optimizers are created, for example freezes some parameters."""
         return
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        """Warns about, or refuses, client optimizers for which the algorithm is not derived."""
+        """Warns about, or refuses, client optimizers that the algorithm was not derived for."""
         return
 
     def server_init(self, params: Tree, population: int) -> State:
@@ -84,7 +84,7 @@ class Algorithm(ABC):
         return params
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
-        """What a client needs during its local training; the entry ``"params"`` is its starting point.
+        """The context of a client's local training; its entry ``"params"`` is the starting point.
 
         Args:
             server: The server's state.
@@ -96,7 +96,7 @@ class Algorithm(ABC):
         return {"params": server["params"]}
 
     def candidates(self, server: State) -> Sequence[Tree]:
-        """The parameters at which a probe of ``"losses"`` measures; each takes a pass over the client's data."""
+        """The parameters at which a probe ``"losses"`` measures the loss; each takes a pass over the client's data."""
         return [server["params"]]
 
     def phases(self) -> tuple[Phase, ...]:
@@ -104,11 +104,11 @@ class Algorithm(ABC):
         return (Phase(),)
 
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
-        """``fnmatch`` globs of the tensors that stay with their client; ``named`` are those given by the user."""
+        """``fnmatch`` patterns of the tensors that stay with their client; ``named`` are those given by the user."""
         return named
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
-        """The gradients to use instead, called before gradient clipping at each optimizer step."""
+        """The gradients that the optimizer uses, called at each optimizer step before gradient clipping."""
         return grads
 
     def client_finish(
@@ -122,7 +122,7 @@ class Algorithm(ABC):
         return {**server, "params": add(server["params"], aggregate.delta, alpha=self.server_lr / aggregate.weight)}
 
     def report(self, server: State) -> Mapping[str, float]:
-        """Figures of the server's state, for the round's entry in ``strategy.history`` and the loggers."""
+        """Figures computed from the server's state, for the round's entry in ``strategy.history`` and the loggers."""
         return {}
 
 

@@ -1,4 +1,4 @@
-"""CFL: clients whose updates point apart are split into groups of their own."""
+"""CFL: clients whose updates point in different directions are split into clusters."""
 
 from __future__ import annotations
 
@@ -18,25 +18,26 @@ from lightning_fl.types import State, Tree
 @register("cfl")
 @dataclass(frozen=True)
 class CFL(Replicas):
-    r"""CFL: federated averaging that splits a group in two once it has settled and its clients still pull apart.
+    r"""CFL: federated averaging that splits a cluster in two once it has converged but its clients disagree.
 
-    A group averages its clients' changes :math:`\Delta_i`. It is split where
+    A cluster averages its clients' changes :math:`\Delta_i`. It is split if
 
     .. math::
         \lVert \mathrm{mean}_i \Delta_i \rVert < \varepsilon_1
         \quad \text{and} \quad \max_i \lVert \Delta_i \rVert > \varepsilon_2
 
-    into the two parts whose largest cosine similarity across, :math:`\max_{i \in A, j \in B} \cos(\Delta_i, \Delta_j)`,
-    is smallest; each part goes on with the group's model. The server sees each client's update, and holds a model a
-    client.
+    into the two parts A and B with the smallest cross-cluster similarity
+    :math:`\max_{i \in A, j \in B} \cos(\Delta_i, \Delta_j)`; each part continues from the cluster's model. The server
+    sees each client's update, and holds one model per client.
 
     Args:
-        eps1: The norm :math:`\varepsilon_1` of the mean change below which a group has settled, in units of the
+        eps1: The norm :math:`\varepsilon_1` of the mean change below which a cluster has converged, in units of the
             parameters. Default 0.4.
-        eps2: The norm :math:`\varepsilon_2` of a client's change above which it still pulls. Default 1.6. Both depend
-            on model and learning rate: the paper takes them from the norms of the first rounds, which the history has.
-        min_size: Fewest clients of a group that is split. Default 2.
-        server_lr: The server's step. Default 1.
+        eps2: The norm :math:`\varepsilon_2` of a client's change above which the client has not converged. Default 1.6.
+            Both depend on model and learning rate: the paper takes them from the norms of the first rounds, which the
+            history has.
+        min_size: Smallest number of clients of a cluster that may be split. Default 2.
+        server_lr: The server's learning rate. Default 1.
 
     Raises:
         ValueError: If ``eps1`` or ``eps2`` is negative, or ``min_size`` below 2.
@@ -77,13 +78,13 @@ class CFL(Replicas):
 
 
 def second_half(rows: Tensor) -> Tensor:
-    """The places of those that part from the first row, when the rows are split where they are least alike.
+    """Splits rows into two parts; returns the indices of the part that does not contain the first row.
 
-    The pairs are joined from the most alike on until two parts are left: no other split has a smaller largest
-    similarity across.
+    Single-linkage clustering: the most similar pairs are merged first until two parts are left. No other split has a
+    smaller maximum cosine similarity across the parts.
 
     Args:
-        rows: Updates ``[n, elements]``; rows of zeros are like no other.
+        rows: Updates ``[n, elements]``; a row of zeros has similarity 0 to every other.
     """
     unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-30)
     size, alike = len(rows), unit @ unit.t()

@@ -1,4 +1,4 @@
-"""What algorithms without a centre share: every client is a node with a model of its own."""
+"""Base class of decentralised algorithms: every client is a node with a model of its own."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_fl.types import Aggregate, Context, Neighbours, State, Tree
 
 
 class Mixing(NamedTuple):
-    """A round of mixing.
+    """The mixing step of a round.
 
     Attributes:
         matrix: The mixing matrix ``[n, n]``, float64.
-        neighbours: Where each rank has the row of its own node only, the way to the others.
+        neighbours: Exchanges rows with other ranks where each rank holds the row of its own node only; else None.
     """
 
     matrix: Tensor
@@ -36,14 +36,18 @@ class Mixing(NamedTuple):
 
 @dataclass(frozen=True)
 class Decentralized(Algorithm):
-    r"""Base of the algorithms that train a model per client and mix those of neighbours after each round.
+    r"""Base of the algorithms that train one model per client and mix neighbours' models after each round.
 
     All nodes start from the same model. Their models, each tensor stacked over the clients in the order of their ids,
     are the entry ``"nodes"`` of the state; ``"params"`` is their weighted mean, which validation and checkpoints see.
-    All clients take part in each round; one whose update was refused or lost mixes the model it has.
+    All clients take part in each round; one whose update was refused or lost mixes its unchanged model, with the weight
+    of its data.
 
-    Between silos each knows the rows of its own node, which it sends to its neighbours and to nobody else, and
-    ``"params"`` is its own model, until :meth:`join` brings all together.
+    Where each silo is a rank of its own, it holds only the row of its own node and sends it to its neighbours only;
+    ``"params"`` is then its own model, until :meth:`join` gathers all rows.
+
+    Args:
+        topology: Who mixes with whom. Default: all with all.
     """
 
     topology: Topology = field(default_factory=Complete)
@@ -55,31 +59,35 @@ class Decentralized(Algorithm):
 
     def server_init(self, params: Tree, population: int) -> State:
         self.topology.check(population)
-        self.check_matrix(population)
+        self.check_matrix(population, None)
         state = {"params": params, "nodes": tree_map(lambda tensor: _repeat(tensor, population), params)}
         zero = next(iter(params.values())).new_zeros((), dtype=torch.int64)
         return {**state, "round": zero, **self.init_more(state["nodes"])}
 
-    def check_matrix(self, population: int) -> None:
-        """Makes sure that the algorithm converges with the topology's matrices.
+    def check_matrix(self, population: int, weights: Tensor | None) -> None:
+        """Checks that the algorithm converges with the topology's mixing matrices.
+
+        Args:
+            population: Number of nodes.
+            weights: Their weights, which are known at the end of the first round. None: not yet known.
 
         Raises:
             ValueError: If it does not.
         """
-        self.topology.matrix(population)
+        self.topology.matrix(population, weights=weights)
 
     def init_more(self, nodes: Tree) -> dict[str, Any]:
-        """What the state holds besides."""
+        """Further initial entries of the state."""
         return {}
 
     @abstractmethod
     def mix(self, state: State, deltas: Tree, mixing: Mixing) -> dict[str, Any]:
-        """The next entries of the state, ``"nodes"`` among them.
+        """The updated entries of the state, ``"nodes"`` among them.
 
         Args:
             state: The state before the round.
-            deltas: How local training has changed the nodes' models, each tensor ``[n, ...]``.
-            mixing: The round's mixing; the only way from one node's rows to those of another.
+            deltas: The changes of the nodes' models by local training, each tensor ``[n, ...]``.
+            mixing: The round's mixing step; the only way in which one node's rows may enter another's.
         """
 
     def matrix_of(self, population: int, round: int, weights: Tensor) -> Tensor:
@@ -91,8 +99,11 @@ class Decentralized(Algorithm):
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         weights = aggregate.node_weights
-        assert weights is not None, "only an aggregator that hands on each client's update serves it"
-        matrix = self.matrix_of(len(weights), int(server["round"]), weights.cpu()).to(weights.device)
+        assert weights is not None, "needs an aggregator that passes on each client's update, such as Nodes"
+        round, known = int(server["round"]), weights.cpu()
+        if round == 0:
+            self.check_matrix(len(weights), known)
+        matrix = self.matrix_of(len(weights), round, known).to(weights.device)
         mixing, neighbours = Mixing(matrix, aggregate.neighbours), aggregate.neighbours
         state = {**server, **self.mix(server, aggregate.nodes, mixing), "round": server["round"] + 1}
         if neighbours is not None:
@@ -100,7 +111,7 @@ class Decentralized(Algorithm):
         return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
 
     def join(self, server: State, aggregate: Aggregate) -> State:
-        """The state that all ranks would have if each knew all rows, from that of ranks which know their own."""
+        """The state with the rows of all nodes, gathered from ranks that hold only their own."""
         neighbours, weights = aggregate.neighbours, aggregate.node_weights
         assert neighbours is not None
         assert weights is not None
@@ -109,11 +120,11 @@ class Decentralized(Algorithm):
         return {**state, "params": tree_map(lambda own: _weighted_sum(weights, own), state["nodes"])}
 
     def report(self, server: State) -> Mapping[str, float]:
-        r"""How far the nodes are apart, :math:`\sqrt{\mathrm{mean}_i \lVert x_i - \bar x \rVert^2}`."""
+        r"""The consensus distance :math:`\sqrt{\mathrm{mean}_i \lVert x_i - \bar x \rVert^2}`, and :meth:`rho`."""
         return {"consensus": consensus(server["nodes"]), "rho": self.rho(len(next(iter(server["nodes"].values()))))}
 
     def rho(self, population: int) -> float:
-        """How much of the nodes' disagreement is left after a round of mixing."""
+        """The factor by which a round of mixing multiplies the nodes' disagreement."""
         return self.topology.rho(population)
 
 

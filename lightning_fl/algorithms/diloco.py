@@ -13,7 +13,7 @@ from lightning_fl.algorithms.registry import register
 @register("diloco")
 @dataclass(frozen=True)
 class DiLoCo(FedAvgM):
-    r"""DiLoCo: replicas train for hundreds of steps on their own; an outer optimizer with Nesterov momentum joins them.
+    r"""DiLoCo: replicas train for hundreds of steps on their own; a Nesterov outer optimizer applies their mean change.
 
     .. math::
         \Delta &= \mathrm{mean}_i (y_i - x) \\
@@ -23,9 +23,12 @@ class DiLoCo(FedAvgM):
     set in the strategy and the module: ``local_steps=500``, ``client_optimizer="keep"`` and ``torch.optim.AdamW``.
 
     Args:
-        server_lr: The outer learning rate. Default 0.7.
-        momentum: The outer momentum. Default 0.9.
+        server_lr: The outer learning rate :math:`\eta_s`. Default 0.7.
+        momentum: The outer momentum :math:`\beta`. Default 0.9.
         nesterov: Whether the outer momentum is Nesterov's. Default True.
+
+    Raises:
+        ValueError: If ``momentum`` is not in [0, 1).
 
     Reference:
         Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", 2023.

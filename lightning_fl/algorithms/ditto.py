@@ -16,7 +16,7 @@ from lightning_fl.types import Context, Phase, Tree
 @register("ditto")
 @dataclass(frozen=True)
 class Ditto(Algorithm):
-    r"""Ditto: federated averaging, and a whole personal model per client that is pulled towards the global one.
+    r"""Ditto: federated averaging, plus a personal model per client that is regularised towards the global one.
 
     .. math::
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x) \\
@@ -24,16 +24,17 @@ class Ditto(Algorithm):
         \qquad \text{(} x \text{ from the start of the round)}
 
     First the client trains exactly as in FedAvg, then it trains its personal model :math:`v_i` for the same amount of
-    work. Metrics logged in ``training_step`` are those of the first. A personal model starts as the global model of the
-    client's first round; in the paper it starts as the initial global model, which is the same for clients that take
-    part from the start. It is part of the client's state: ``fl.load_client`` loads it, and
+    work. Metrics logged in ``training_step`` are those of the FedAvg phase. A personal model starts as the global model
+    of the client's first round; in the paper it starts as the initial global model, which is the same for clients that
+    take part in the first round. It is part of the client's state: ``fl.load_client`` loads it, and
     :class:`~lightning_fl.callbacks.PersonalizedEvaluation` evaluates it.
 
     Args:
-        lam: The strength :math:`\lambda` of the pull. Default 1; 0 is local training, and the paper tries 0.05 to 2.
+        lam: The strength :math:`\lambda` of the regularisation. Default 1; 0 is local training, and the paper tries
+            0.05 to 2.
         own_epochs: Passes over the client's data to train its personal model. Default None: as much local work as for
             the global model.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``lam`` is negative or ``own_epochs`` is not positive; with ``personal`` tensors, because the

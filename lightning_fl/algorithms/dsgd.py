@@ -14,16 +14,16 @@ from lightning_fl.types import State, Tree
 @register("dsgd")
 @dataclass(frozen=True)
 class DSGD(Decentralized):
-    r"""DSGD: each client trains its own model, and mixes it with those of its neighbours after every round.
+    r"""DSGD: each client trains its own model and, at the end of every round, mixes it with those of its neighbours.
 
     .. math:: x_i \leftarrow \sum_j W_{ij}(t) \, y_j
 
-    With a complete graph it is federated averaging. With fewer edges, or several local steps, the nodes settle near the
-    optimum but not at it, and not all in the same place: :class:`D2` and :class:`GradientTracking` remedy that. With
+    With a complete graph it is federated averaging. With fewer edges, or several local steps, the nodes converge to
+    different points near the optimum: :class:`D2` and :class:`GradientTracking` remedy that. With
     ``fl.topologies.Edges`` it is HierFAVG.
 
     Args:
-        topology: Who mixes with whom. Default all with all.
+        topology: Who mixes with whom. Default: all with all.
 
     Raises:
         ValueError: When training starts, if the graph is directed or does not connect the clients.

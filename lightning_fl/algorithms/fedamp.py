@@ -1,4 +1,4 @@
-"""FedAMP: a model for each client, drawn to those of clients that are like it."""
+"""FedAMP: one model per client, attracted to the models of similar clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_fl.types import Context, State, Tree
 @register("fedamp")
 @dataclass(frozen=True)
 class FedAMP(Replicas):
-    r"""FedAMP: each client trains a model of its own towards a mixture of those that are near to it.
+    r"""FedAMP: each client trains its own model, pulled towards a mixture of the models that are similar to it.
 
     .. math::
         u_i &= \sum_j \xi_{ij} w_j, \qquad
@@ -26,15 +26,17 @@ class FedAMP(Replicas):
         \xi_{ii} = 1 - \sum_{j \ne i} \xi_{ij} \\
         w_i &\leftarrow \arg\min_w F_i(w) + \frac{\lambda}{2 \alpha} \lVert w - u_i \rVert^2
 
-    The minimum is sought by the round's local steps from :math:`w_i`. Clients attract each other the more, the nearer
-    they are: groups form by themselves. The server sees each client's model, and holds two models a client.
+    The minimum is approximated by the round's local steps from :math:`w_i`. The more similar two models are, the more
+    they attract each other, so that clusters form by themselves. The server sees each client's model, and holds two
+    models per client.
 
     Args:
-        sigma: The width :math:`\sigma` within which models attract each other, in squared units of the parameters.
-            Default 10.
-        alpha: The step :math:`\alpha` of attraction. Default 1. A client's mixture keeps a share of its own model of
-            at least :math:`1 - (n - 1) \alpha / \sigma`, which should be positive.
-        lam: How strongly, :math:`\lambda`, a client's model is drawn to its mixture. Default 1; 0 is training alone.
+        sigma: The scale :math:`\sigma` of the squared distances within which models attract each other, in squared
+            units of the parameters. Default 10.
+        alpha: The step size :math:`\alpha` of the attraction. Default 1. The share of a client's own model in its
+            mixture is at least :math:`1 - (n - 1) \alpha / \sigma`, which should be positive.
+        lam: The strength :math:`\lambda` of the pull of a client's model towards its mixture. Default 1; 0 is local
+            training.
 
     Raises:
         ValueError: If ``sigma`` or ``alpha`` is not positive, or ``lam`` negative.

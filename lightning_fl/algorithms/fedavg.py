@@ -15,7 +15,7 @@ class FedAvg(Algorithm):
     .. math:: x \leftarrow x + \eta_s \, \frac{\sum_i n_i (y_i - x)}{\sum_i n_i}
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1, which is plain averaging.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1, which is plain averaging.
 
     Reference:
         McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017.

@@ -22,11 +22,11 @@ class FedAvgM(Algorithm):
         x &\leftarrow x + \eta_s v \qquad \text{or, with Nesterov,} \qquad x \leftarrow x + \eta_s (\Delta + \beta v)
 
     As in the paper and in ``torch.optim.SGD``, momentum has no dampening: under a constant change :math:`\Delta` the
-    steps grow to :math:`\Delta / (1 - \beta)`, 10 times :math:`\Delta` at the default. Lower ``server_lr`` if training
-    diverges.
+    velocity grows to :math:`\Delta / (1 - \beta)`, 10 times :math:`\Delta` at the default. Lower ``server_lr`` if
+    training diverges.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
         momentum: The momentum :math:`\beta`. Default 0.9; 0 is FedAvg.
         nesterov: Whether to use Nesterov momentum. Default False.
 

@@ -15,7 +15,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("feddyn")
 @dataclass(frozen=True)
 class FedDyn(Algorithm):
-    r"""FedDyn: each client's loss gets a linear and a proximal term, so that clients that agree are at the optimum.
+    r"""FedDyn: a linear and a proximal term in each client's loss align the clients' optima with the global one.
 
     .. math::
         g &\leftarrow g - g_i + \alpha (y - x) \\
@@ -23,15 +23,15 @@ class FedDyn(Algorithm):
         h &\leftarrow h - \frac{\alpha}{N} \sum_i (y_i - x), \qquad
         x \leftarrow \mathrm{mean}_i \, y_i - h / \alpha
 
-    A client that solves its local problem exactly ends with :math:`g_i = \nabla F_i(y_i)`, so give it many local steps.
-    An inexact solution slows convergence but does not move the optimum. The server's :math:`h` is the mean of the
+    A client that solves its local problem exactly ends with :math:`g_i = \nabla F_i(y_i)`, so many local steps help. An
+    inexact solution slows convergence but does not move the optimum. The server's :math:`h` is the mean of the
     :math:`g_i` of all :math:`N` clients. This is the paper's algorithm, in which all clients have the same weight; the
     authors' code divides each client's :math:`\alpha` by its share of the examples. With ``weighting="examples"`` the
     mean and :math:`h` are weighted, which is exact if all clients take part.
 
     Args:
-        alpha: The strength :math:`\alpha` of the pull. Default 0.01; the paper tries 0.001 to 0.1. Local training
-            needs a learning rate well below :math:`2 / \alpha`.
+        alpha: The strength :math:`\alpha` of the proximal term. Default 0.01; the paper tries 0.001 to 0.1. Local
+            training needs a learning rate well below :math:`2 / \alpha`.
 
     Raises:
         ValueError: If ``alpha`` is not positive.

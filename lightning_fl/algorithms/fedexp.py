@@ -23,12 +23,12 @@ class FedExP(Algorithm):
         {2 (\lVert \Delta \rVert^2 + \varepsilon)}\right) \Delta
 
     In the paper all clients have the same weight; with ``weighting="examples"`` both means are weighted. Long steps
-    make the model oscillate from round to round. The paper therefore evaluates the average of the last two models; here
-    the model is the last one.
+    make the model oscillate from round to round, so the paper evaluates the average of the last two models; here the
+    model is the last one.
 
     Args:
-        eps: The :math:`\varepsilon` that bounds the step when the changes cancel out. Default 0.001. If the model
-            oscillates, raise it towards the squared norm of a client's change. Infinity is FedAvg.
+        eps: The constant :math:`\varepsilon` that bounds the step when the changes cancel out. Default 0.001. If the
+            model oscillates, raise it towards the squared norm of a client's change. Infinity is FedAvg.
 
     Raises:
         ValueError: If ``eps`` is not positive.

@@ -17,13 +17,13 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("fednova")
 @dataclass(frozen=True)
 class FedNova(Algorithm):
-    r"""FedNova: each client's change is divided by its amount of work, so that busy clients do not bias the optimum.
+    r"""FedNova: each client's change is divided by its local work, so that extra local steps don't bias the optimum.
 
     .. math::
         x \leftarrow x + \eta_s \, \tau \, \sum_i p_i \frac{y_i - x}{a_i}, \qquad \tau = \sum_i p_i a_i
 
     with :math:`p_i` the clients' normalised weights. The work :math:`a_i` (the paper's :math:`\lVert a_i \rVert_1`) is
-    how far local training would go on a constant gradient of 1, in units of the learning rate:
+    the distance that local training would move under a constant gradient of 1, divided by the learning rate:
 
     - plain SGD: the number of steps :math:`\tau_i`;
     - with momentum :math:`\rho`: :math:`(\tau_i - \rho (1 - \rho^{\tau_i}) / (1 - \rho)) / (1 - \rho)`;
@@ -35,12 +35,13 @@ class FedNova(Algorithm):
     rounds. The authors' code also has server momentum, which is left out here.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
-        mu: Strength :math:`\mu` of FedProx's pull on local training. Default 0; above 0 it requires plain SGD with one
-            constant learning rate.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
+        mu: Strength :math:`\mu` of FedProx's proximal term. Default 0; above 0 it requires plain SGD with one constant
+            learning rate.
 
     Raises:
-        ValueError: If ``mu`` is negative.
+        ValueError: If ``mu`` is negative; when training starts, if the optimizer is not ``torch.optim.SGD``; in
+            training, if the local work can't be measured.
 
     Reference:
         Wang et al., "Tackling the Objective Inconsistency Problem in Heterogeneous Federated Optimization",
@@ -55,7 +56,7 @@ class FedNova(Algorithm):
 
     @property
     def adds_to_gradients(self) -> bool:  # type: ignore[override]
-        """Without the proximal term gradients stay as they are."""
+        """Without the proximal term, gradients are left unchanged."""
         return self.mu > 0
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:

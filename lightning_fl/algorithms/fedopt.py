@@ -24,13 +24,13 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 @register("fedopt")
 @dataclass(frozen=True, repr=False)
 class FedOpt(Algorithm):
-    r"""FedOpt: a ``torch.optim`` optimizer takes the negative mean change as the gradient of the global model.
+    r"""FedOpt: a ``torch.optim`` optimizer on the server, with the negative mean change as the global model's gradient.
 
     .. math:: x \leftarrow \mathrm{optimizer}(x, \; -\mathrm{mean}_i (y_i - x))
 
-    Each round creates a new optimizer and loads the state of the last one, so the learning rate is constant. Torch's
-    adaptive optimizers initialise their moments differently from the paper's and correct their bias; for the paper's,
-    see :class:`FedAdam`. Freezing or unfreezing parameters between rounds restarts the optimizer.
+    Each round creates a new optimizer and loads the state of the previous one, so the learning rate is constant.
+    Torch's adaptive optimizers initialise their moments differently from the paper's and correct their bias; for the
+    paper's, see :class:`FedAdam`. Freezing or unfreezing parameters between rounds restarts the optimizer.
 
     Args:
         optimizer: Creates the optimizer from the parameters, as ``functools.partial(torch.optim.AdamW, lr=0.1)`` does;
@@ -39,7 +39,7 @@ class FedOpt(Algorithm):
 
     Raises:
         ValueError: If ``optimizer`` does not create an optimizer, or if the optimizer's step needs the loss; when
-            training starts, if its state is not made of tensors and numbers.
+            training starts, if its state is not made up of tensors and numbers.
 
     Reference:
         Reddi et al., "Adaptive Federated Optimization", ICLR 2021.
@@ -86,11 +86,11 @@ class FedOpt(Algorithm):
             param.grad = grads[name]
         options = _options(optimizer)
         optimizer.step()
-        # Only the state of parameters is carried to the next round; the optimizer and its options are not.
+        # Only the parameters' state is carried to the next round, not the optimizer and its options.
         if optimizer.state.keys() - set(trainable.values()) or _options(optimizer) != options:
             raise ValueError(
-                f"{type(optimizer).__name__} keeps something between its steps that belongs to no single parameter, "
-                "which FedOpt would lose. Use an optimizer of torch.optim."
+                f"{type(optimizer).__name__} keeps state between its steps that belongs to no single parameter, which "
+                "FedOpt would lose. Use an optimizer of torch.optim."
             )
         return {name: param.detach() for name, param in trainable.items()}, _read(optimizer, trainable)
 

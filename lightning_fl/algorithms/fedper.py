@@ -1,4 +1,4 @@
-"""FedPer, LG-FedAvg and FedBN: a part of the model is averaged, the rest stays with each client."""
+"""FedPer, LG-FedAvg and FedBN: part of the model is averaged, the rest stays with each client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def need_personal(algorithm: Algorithm, named: Sequence[str], what: str) -> Sequ
     """
     if not named:
         name = type(algorithm).__name__
-        raise ValueError(f"{name} keeps a part of the model with each client: name {what}, in FederatedStrategy.")
+        raise ValueError(
+            f"{name} keeps a part of the model with each client, but FederatedStrategy got no personal tensors. Name "
+            f"{what}."
+        )
     return named
 
 
@@ -37,7 +40,7 @@ class FedPer(FedAvg):
     :class:`FedRep` trains body and head one after the other.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: When training starts, if ``personal`` names no tensor.
@@ -58,11 +61,11 @@ class LGFedAvg(FedAvg):
     .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         (y_i, \ell_i) \text{ trained together from } (x, \ell_i)
 
-    FedPer the other way round: ``FederatedStrategy("lgfedavg", personal=["body.*"])``. The paper begins with rounds of
+    The reverse of FedPer: ``FederatedStrategy("lgfedavg", personal=["body.*"])``. The paper begins with rounds of
     FedAvg; to do the same, start from a checkpoint of FedAvg (``MyModule.load_from_checkpoint``).
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: When training starts, if ``personal`` names no tensor.
@@ -78,15 +81,15 @@ class LGFedAvg(FedAvg):
 @register("fedbn")
 @dataclass(frozen=True)
 class FedBN(FedAvg):
-    r"""FedBN: everything is averaged but BatchNorm, whose weights and statistics stay with each client.
+    r"""FedBN: everything is averaged except BatchNorm, whose weights and statistics stay with each client.
 
     .. math:: x \leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad x \text{ without BatchNorm}
 
-    The module's BatchNorm layers are found by their class; ``personal`` may name more tensors. For clients whose
-    inputs look different, such as hospitals with different scanners.
+    The module's BatchNorm layers are found by their class; ``personal`` may name more tensors. Suits clients whose
+    inputs are distributed differently, such as hospitals with different scanners.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: When training starts, if the module has no BatchNorm layer.

@@ -18,9 +18,9 @@ def add_proximal(grads: Tree, params: Tree, start: Tree, mu: float) -> Tree:
         grads: The gradients at ``params``.
         params: The current parameters :math:`y`.
         start: The parameters :math:`x` at the start of the round.
-        mu: The strength :math:`\mu` of the pull.
+        mu: The strength :math:`\mu` of the term.
     """
-    # The server's x may be more precise than the module's. Rounded to the module's dtype, the pull at the start is 0.
+    # The server's x may have a higher precision than the module's. Rounded to the module's dtype, the term starts at 0.
     return tree_map(lambda grad, y, x: grad + mu * (y - x.to(y.dtype)), grads, params, start)
 
 
@@ -39,8 +39,8 @@ class FedProx(Algorithm):
     and weighted by their examples, which has the same expectation.
 
     Args:
-        mu: The strength :math:`\mu` of the pull. Default 0.01; 0 is FedAvg, and the paper tries 0.001 to 1.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        mu: The strength :math:`\mu` of the proximal term. Default 0.01; 0 is FedAvg, and the paper tries 0.001 to 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``mu`` is negative.
@@ -59,7 +59,7 @@ class FedProx(Algorithm):
 
     @property
     def adds_to_gradients(self) -> bool:  # type: ignore[override]
-        """Without its term it is plain averaging."""
+        """Without the proximal term it is plain averaging."""
         return self.mu > 0
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:

@@ -26,12 +26,12 @@ class FedRep(Algorithm):
     The head consists of the strategy's ``personal`` tensors: ``FederatedStrategy("fedrep", personal=["head.*"])``. The
     strategy's ``local_epochs`` or ``local_steps`` set how long the representation trains. While one part trains, the
     other is frozen, but buffers such as BatchNorm's statistics are updated in both phases, as in the authors' code.
-    Both phases start with the same learning rates; after the round, a schedule by step continues from the longer one.
-    In the paper all clients have the same amount of data; here they are weighted by their examples.
+    Both phases start with the same learning rates; after the round, a per-step learning-rate schedule continues from
+    the longer phase. In the paper all clients have the same amount of data; here they are weighted by their examples.
 
     Args:
         head_epochs: Passes over the client's data to train its head. Default 10, as in the paper.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``head_epochs`` is below 1; when training starts, if ``personal`` names no tensor.

@@ -19,14 +19,14 @@ class FedSAM(Algorithm):
     .. math::
         g = \nabla F_i \Big( y + \rho \, \frac{\nabla F_i(y)}{\lVert \nabla F_i(y) \rVert} \Big)
 
-    The norm is that of all shared parameters together. A client whose gradient is zero stays where it is.
+    The norm is taken over all shared parameters together. Where the gradient is zero, :math:`g` is zero as well.
 
     Args:
-        rho: The distance :math:`\rho` at which it looks, in units of the parameters. Default 0.05; 0 is FedAvg.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        rho: The radius :math:`\rho` of the perturbation, in units of the parameters. Default 0.05; 0 is FedAvg.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
-        ValueError: If ``rho`` is negative; when training starts, where there is no second gradient of a batch, as for
+        ValueError: If ``rho`` is negative; when training starts, if a batch's gradient can't be computed twice, as for
             :class:`PerFedAvg`.
 
     Reference:
@@ -46,7 +46,7 @@ class FedSAM(Algorithm):
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         if not grads:
             return grads
-        # The bound keeps the direction of a gradient that is 0 from being 0 / 0.
+        # The lower bound avoids 0 / 0 for a gradient of 0.
         factor = self.rho / squared_norm(grads).sqrt().clamp(min=1e-30)
         point = {name: params[name] + (factor * grad).to(params[name].dtype) for name, grad in grads.items()}
         found: Tree = ctx["gradient_at"](point)

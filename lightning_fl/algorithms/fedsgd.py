@@ -23,11 +23,11 @@ class FedSGD(Algorithm):
     With ``torch.optim.SGD`` and all clients in each round this is gradient descent on all data together. The full
     gradient is measured in one pass over batches of any size, so a client's data need not fit into one batch. The step
     then runs the first batch again and replaces its gradient by the full one. With dropout or BatchNorm, the full
-    gradient is the mean of the batches' gradients. To avoid the second run where a client's data fits into one batch,
-    use ``"fedavg"`` with ``local_steps=1`` and ``ClientDatasets(..., batch_size=None)``.
+    gradient is the mean of the batches' gradients. If a client's data fits into one batch, ``"fedavg"`` with
+    ``local_steps=1`` and ``ClientDatasets(..., batch_size=None)`` avoids the second run.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: With ``personal`` tensors, because the full gradient covers only the shared ones.
@@ -43,7 +43,8 @@ class FedSGD(Algorithm):
     def personal(self, module: nn.Module, named: Sequence[str]) -> Sequence[str]:
         if named:
             raise ValueError(
-                f"FedSGD steps with the gradient of the shared tensors, found personal={list(named)}. Leave it out."
+                f"FedSGD steps with the gradient of the shared tensors only, but found personal={list(named)}. Leave "
+                "it out."
             )
         return ()
 

@@ -20,12 +20,12 @@ class GradientTracking(Decentralized):
         z^t &= W z^{t-1} + \Delta^t - \Delta^{t-1}, \qquad z^0 = \Delta^0 \\
         x^{t+1} &= W (x^t + z^t)
 
-    :math:`\Delta_i = y_i - x_i` is what local training changes. With one step of plain SGD the nodes settle at the
-    optimum; more local steps leave the drift that they cause. It also works with graphs that change from round to round
-    and sends two models a round where DSGD sends one.
+    :math:`\Delta_i = y_i - x_i` is the change by local training. With one step of plain SGD the nodes converge to the
+    optimum; more local steps leave a client drift that is not corrected. It also works with graphs that change from
+    round to round. It sends two models per round, DSGD one.
 
     Args:
-        topology: Who mixes with whom. Default all with all.
+        topology: Who mixes with whom. Default: all with all.
 
     Raises:
         ValueError: When training starts, if the graph is directed or does not connect the clients.

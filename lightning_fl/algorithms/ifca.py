@@ -1,4 +1,4 @@
-"""IFCA: several global models, of which each client trains the one that fits its data best."""
+"""IFCA: several global models; each client trains the one that fits its data best."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class IFCA(Algorithm):
         j_i = \arg\min_j F_i(x_j), \qquad
         x_j \leftarrow x_j + \eta_s \, \mathrm{mean}_{i : j_i = j} (y_i - x_j)
 
-    A client measures its loss under each model in a pass over its data. A model that no client chooses stays as it is.
-    Validation and checkpoints see the mean of the clients' models; the state's ``"models"`` holds them all, each tensor
-    ``[num_models, ...]``.
+    A client measures its loss under each model in a pass over its data. A model that no client chooses is unchanged.
+    Validation and checkpoints see the mean of the models, weighted by the clients that chose them; the state's
+    ``"models"`` holds them all, each tensor ``[num_models, ...]``.
 
     Args:
         num_models: Number of models :math:`k`. Default 2; 1 is federated averaging.
-        spread: How far the models are apart at the start: all but the first get noise of this share of each
+        spread: Standard deviation of the noise that is added to all initial models but the first, as a share of each
             parameter's root mean square (of 1 where that is zero). Default 0.1. The paper starts with several random
-            models; from equal ones they never part.
+            models; equal ones would stay equal.
         seed: Seed of that noise. Default 0.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``num_models`` is below 1, or ``spread`` negative.

@@ -1,4 +1,4 @@
-"""Federated fine-tuning of low-rank adapters: which of their factors are trained, and with which rank."""
+"""Federated fine-tuning of low-rank adapters: which factors are trained, and at which rank."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ DOWN, UP = "lora_A", "lora_B"
 
 @dataclass(frozen=True)
 class FFALoRA(Algorithm):
-    r"""FFA-LoRA: the factor A of each adapter stays as it was drawn, and only B is trained and averaged.
+    r"""FFA-LoRA: the factor A of each adapter keeps its initial value, and only B is trained and averaged.
 
-    A layer computes :math:`W x + s B A x`. With a common A the mean of the clients' B is exact:
-    :math:`\sum_i p_i B_i A = \left( \sum_i p_i B_i \right) A`. Half as many numbers travel.
+    A layer computes :math:`W x + s B A x`. With a common A, averaging the clients' B averages the products exactly:
+    :math:`\sum_i p_i B_i A = \left( \sum_i p_i B_i \right) A`. Only B is sent.
 
     Args:
-        server_lr: The server's step. Default 1.
+        server_lr: The server's learning rate. Default 1.
 
     Raises:
         ValueError: When training starts, if the module has no adapters.
@@ -52,16 +52,16 @@ class FedSBLoRA(Algorithm):
 
     .. math:: W x + s B R A x, \qquad R \in \mathbb{R}^{r \times r}, \qquad \sum_i p_i B R_i A = B \bar R A
 
-    The mean is exact, and :math:`r^2` numbers travel for each adapter, whatever the layer's size. A and B are made the
+    The mean is exact, and :math:`r^2` numbers are sent per adapter, whatever the layer's size. A and B are set to the
     leading right and left singular vectors of the layer's weight, and R starts at 0, so that the model starts as the
-    base. The paper takes the singular vectors of a first gradient instead: call :func:`square_adapters` with these
-    before ``fit``.
+    base model. The paper takes the singular vectors of a first gradient instead: for that, call
+    :func:`square_adapters` with them before ``fit``.
 
     Args:
-        server_lr: The server's step. Default 1.
+        server_lr: The server's learning rate. Default 1.
 
     Raises:
-        ValueError: When training starts, if the module has no adapters, or one has no layer beside it.
+        ValueError: When training starts, if the module has no adapters, or the base weight of one is not found.
 
     Reference:
         Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private)
@@ -80,16 +80,18 @@ class FedSBLoRA(Algorithm):
 class HetLoRA(Algorithm):
     r"""Adapters of different ranks: client i trains the first :math:`r_i` rows of A and columns of B.
 
-    The module has the largest rank. What lies beyond a client's own rank is 0 while it trains, and counts as 0 in the
-    mean. With :class:`~lightning_fl.adapters.LoRAProduct` that is the mean of the products :math:`B_i A_i`, whose
-    factors are ordered by singular values, so that a client of rank r starts from the best approximation of rank r.
+    The module's adapters have the largest rank. The rows and columns beyond a client's own rank are 0 while it trains,
+    and count as 0 in the mean. With :class:`~lightning_fl.adapters.LoRAProduct` the products :math:`B_i A_i` are
+    averaged and factored in the order of their singular values, so that a client of rank r starts from the best
+    rank-r approximation.
 
     Args:
         ranks: The rank of each client, in the order of the sorted ids.
-        server_lr: The server's step. Default 1.
+        server_lr: The server's learning rate. Default 1.
 
     Raises:
-        ValueError: If a rank is not positive; when training starts, if there is not one for each client.
+        ValueError: If ``ranks`` is empty or a rank is not a positive whole number; when training starts, if there are
+            not as many ranks as clients, or the module has no adapters.
 
     Reference:
         Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024.
@@ -119,7 +121,7 @@ class HetLoRA(Algorithm):
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
         params: Tree = server["params"]
         rank = scalar_like(params, self.ranks[server["index"]])
-        # The server's model beside the start: what lies beyond the client's rank is a change to 0.
+        # The update is relative to the server's model, so that the part beyond the client's rank counts as 0.
         return {"params": _cut(params, rank), "rank": rank, "server": params}
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
@@ -130,7 +132,7 @@ class HetLoRA(Algorithm):
 
 
 def _cut(tensors: Tree, rank: Tensor) -> Tree:
-    """The factors with zeros beyond a rank."""
+    """Sets the rows of A and columns of B beyond a rank to 0."""
     found = {}
     for name, tensor in tensors.items():
         dim = 0 if DOWN in name else 1 if UP in name else None
@@ -144,17 +146,19 @@ def _cut(tensors: Tree, rank: Tensor) -> Tree:
 
 
 def pairs_of(tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
-    """The name of each ``lora_A``, and that of its ``lora_B``.
+    """Maps the name of each ``lora_A`` to that of its ``lora_B``.
 
     Raises:
-        ValueError: If there are none, one stands alone, or their shapes don't fit.
+        ValueError: If there are none, one has no partner, or their shapes don't match.
     """
     found = {name: name.replace(DOWN, UP) for name in tensors if DOWN in name}
     alone = sorted({name for name in tensors if UP in name}.symmetric_difference(found.values()))
     if alone or not found:
-        words = f"of the pair of {alone[0]} all train one half only" if alone else "the trained tensors hold no pair"
+        found_instead = (
+            f"only one half of the pair of {alone[0]} is trained" if alone else "the tensors contain no pair"
+        )
         raise ValueError(
-            f"Expected tensors lora_A and lora_B in pairs, but {words}. Train both factors, leave them out of "
+            f"Expected tensors lora_A and lora_B in pairs, but {found_instead}. Train both factors, leave them out of "
             "`personal`, or use an algorithm and an aggregator that need no adapters."
         )
     for down, up in found.items():
@@ -167,12 +171,12 @@ def pairs_of(tensors: Mapping[str, Tensor]) -> Mapping[str, str]:
 
 
 def pairs(module: nn.Module) -> Mapping[str, str]:
-    """The pairs of a module, as :func:`pairs_of`; with its frozen parameters."""
+    """The pairs of a module, as :func:`pairs_of`, including frozen parameters."""
     return pairs_of({name: own for name, own in module.named_parameters() if DOWN in name or UP in name})
 
 
 def base_of(down: str, names: Sequence[str]) -> str:
-    """The name of the weight beside an adapter: ``base_layer.weight`` in peft, else ``weight`` of the same module.
+    """The name of an adapter's base weight: ``base_layer.weight`` in peft, else ``weight`` of the same module.
 
     Raises:
         ValueError: If there is none.
@@ -181,14 +185,14 @@ def base_of(down: str, names: Sequence[str]) -> str:
     found = next((name for name in (f"{prefix}base_layer.weight", f"{prefix}weight") if name in names), None)
     if found is None:
         raise ValueError(
-            f"Beside the adapter {down} there is neither {prefix}base_layer.weight nor {prefix}weight, so its layer is "
-            "not known. Name the parameters as peft does."
+            f"The adapter {down} has no base weight: found neither {prefix}base_layer.weight nor {prefix}weight. Name "
+            "the parameters as peft does."
         )
     return found
 
 
 class _Square(nn.Module):
-    """Makes ``B R`` of a fixed ``B``."""
+    """Parametrization that returns ``B R`` for a fixed ``B``."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__()
@@ -199,15 +203,15 @@ class _Square(nn.Module):
 
 
 def square_adapters(module: nn.Module, bases: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> None:
-    """Turns each adapter ``B A`` of a module into ``B R A``, with B and A fixed and R = 0 to be trained.
+    """Turns each adapter ``B A`` of a module into ``B R A``, with B and A frozen and R trainable, initially 0.
 
     Args:
-        module: The module; its ``lora_B`` become parametrizations, whose values are ``B R``.
-        bases: By the name of a ``lora_A`` the fixed ``(B, A)``, of shapes ``[out, r]`` and ``[r, in]``. None: the
-            leading singular vectors of the weight beside the adapter.
+        module: The module, changed in place; each ``lora_B`` becomes a parametrization with the value ``B R``.
+        bases: The fixed ``(B, A)`` of shapes ``[out, r]`` and ``[r, in]``, by the name of the ``lora_A``. Default
+            None, and for adapters that it doesn't name: the leading singular vectors of the adapter's base weight.
 
     Raises:
-        ValueError: If there are no adapters, or one has no layer beside it.
+        ValueError: If there are no adapters, or the base weight of one is not found.
     """
     params = dict(module.named_parameters())
     with torch.no_grad():

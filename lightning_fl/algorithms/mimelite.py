@@ -18,7 +18,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 @register("mimelite")
 @dataclass(frozen=True)
 class MimeLite(Algorithm):
-    r"""MimeLite: clients step with the momentum (and Adam's scaling) of the federation, fixed during local training.
+    r"""MimeLite: clients step with the server's momentum (and Adam's scaling), fixed during local training.
 
     .. math::
         g &\leftarrow (1 - \beta_1) g + \beta_1 m \qquad \text{or, with } \beta_2, \qquad
@@ -34,11 +34,11 @@ class MimeLite(Algorithm):
     paper's :math:`\eta`. FedJAX accepts any base optimizer, whose momentum may lack the factor :math:`1 - \beta_1`.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1, as in the paper.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1, as in the paper.
         beta1: Momentum :math:`\beta_1`. Default 0.9; 0 without ``beta2`` is FedAvg.
         beta2: Decay :math:`\beta_2` of the squared gradient. Default None: SGD with momentum; the paper has 0.99 for
             Adam.
-        tau: The :math:`\tau` that keeps Adam's divisor above 0. Default 0.001.
+        tau: The constant :math:`\tau` that keeps Adam's divisor above 0. Default 0.001.
 
     Raises:
         ValueError: If a momentum is not in [0, 1), or ``tau`` is not positive.
@@ -64,7 +64,7 @@ class MimeLite(Algorithm):
 
     @property
     def adds_to_gradients(self) -> bool:  # type: ignore[override]
-        """Without momentum a gradient is at most scaled."""
+        """Without momentum, a gradient is at most scaled."""
         return self.beta1 > 0
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
@@ -72,8 +72,9 @@ class MimeLite(Algorithm):
         if not plain:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"MimeLite brings momentum and scaling itself, found {names}: the local optimizer's come on top of it "
-                "and drift towards the client's data. Use torch.optim.SGD without momentum.",
+                f"MimeLite applies the server's momentum and scaling, but found {names}: the local optimizer's own "
+                "momentum or scaling comes on top and drifts towards the client's data. Use torch.optim.SGD without "
+                "momentum.",
                 stacklevel=2,
             )
 

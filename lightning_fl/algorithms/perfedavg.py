@@ -20,23 +20,23 @@ class PerFedAvg(Algorithm):
         \min_x \; \mathrm{mean}_i \, F_i(x - \alpha \nabla F_i(x)): \qquad
         g = (I - \alpha \nabla^2 F_i(y)) \, \nabla F_i(y - \alpha \nabla F_i(y))
 
-    Each local step is one of the module's optimizer along :math:`g` at the client's own :math:`y`. The paper takes
-    three independent batches for the two gradients and the Hessian; here all are of the step's batch, so that a step
-    needs no more data than one of FedAvg. The Hessian-vector product is exact, by differentiating the gradient;
-    ``first_order`` leaves it out, as the paper's FO variant. Other frameworks go on from the adapted point
-    :math:`y - \alpha \nabla F_i(y)`, which minimises another objective. The personal model of a client is the global
-    one after a step of length :math:`\alpha` on its data:
-    ``PersonalizedEvaluation(finetune_epochs=1)`` evaluates such models.
+    In each local step the module's optimizer uses :math:`g` at the client's current :math:`y`. The paper takes three
+    independent batches for the two gradients and the Hessian; here all use the step's batch, so that a step needs no
+    more data than one of FedAvg. The Hessian-vector product is exact, by differentiating the gradient; ``first_order``
+    leaves it out, like the paper's FO variant. Other frameworks continue from the adapted point
+    :math:`y - \alpha \nabla F_i(y)`, which minimises another objective. A client's personal model is the global one
+    after a step with learning rate :math:`\alpha` on its data: ``PersonalizedEvaluation(finetune_epochs=1)`` evaluates
+    such models.
 
     Args:
-        alpha: The length :math:`\alpha` of the step of adaptation, in units of a learning rate. Default 0.01; 0 is
-            FedAvg, and the paper has 0.001 to 0.01.
+        alpha: The learning rate :math:`\alpha` of the adaptation step. Default 0.01; 0 is FedAvg, and the paper uses
+            0.001 to 0.01.
         first_order: Whether to leave out the Hessian. Default False. True saves a third of the work.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``alpha`` is negative; when training starts, with manual optimization, accumulated gradients,
-            ``precision="16-mixed"`` or sample-level privacy, where there is no second gradient of a batch.
+            ``precision="16-mixed"`` or sample-level privacy, where a batch's gradient can't be computed twice.
 
     Reference:
         Fallah et al., "Personalized Federated Learning with Theoretical Guarantees: A Model-Agnostic Meta-Learning

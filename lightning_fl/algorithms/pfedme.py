@@ -1,4 +1,4 @@
-"""pFedMe: the global model follows personal ones that are kept near it by a Moreau envelope."""
+"""pFedMe: the global model follows personal models that a Moreau envelope keeps near it."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from lightning_fl.types import Context, Tree
 @register("pfedme")
 @dataclass(frozen=True)
 class PFedMe(Algorithm):
-    r"""pFedMe: federated averaging of the clients' Moreau envelopes, which leave each room for its own model.
+    r"""pFedMe: federated averaging on the Moreau envelopes of the clients' losses.
 
     .. math::
         \min_x \; \mathrm{mean}_i \min_\theta \Big( F_i(\theta) + \tfrac{\lambda}{2} \lVert \theta - x \rVert^2 \Big):
         \qquad g = \lambda \, (y - \theta(y))
 
-    In each local step the personal model :math:`\theta(y)` is found by ``inner_steps`` gradient steps of length
-    ``inner_lr`` from :math:`y` on the step's batch, and the module's optimizer then steps along :math:`g`. The envelope
-    is smooth however rough the loss is. :math:`\theta` is not kept between rounds: a client's personal model is the
-    global one trained for a while on its own data, which ``PersonalizedEvaluation(finetune_epochs=1)`` evaluates.
+    In each local step the personal model :math:`\theta(y)` is found by ``inner_steps`` gradient steps with learning
+    rate ``inner_lr`` from :math:`y` on the step's batch; the module's optimizer then uses :math:`g` as the gradient.
+    :math:`\theta` is not kept between rounds: a client's personal model is the global one fine-tuned on its own data,
+    which ``PersonalizedEvaluation(finetune_epochs=1)`` evaluates.
 
     Args:
-        lam: The strength :math:`\lambda` of the pull to the global model. Default 15, as in the paper; the larger, the
-            nearer to FedAvg.
-        inner_steps: Gradient steps that find :math:`\theta`. Default 5, as in the paper's experiments; each costs a
-            forward and a backward pass, but for the first.
+        lam: The strength :math:`\lambda` of the pull towards the global model. Default 15, as in the paper; the larger,
+            the closer to FedAvg.
+        inner_steps: Gradient steps that find :math:`\theta`. Default 5, as in the paper's experiments; each but the
+            first costs a forward and a backward pass.
         inner_lr: Their learning rate; must be below ``2 / (lam + L)`` for a loss with ``L``-Lipschitz gradients.
             Default 0.03.
-        server_lr: The server's step, the paper's :math:`\beta`. Default 1.
+        server_lr: The server's learning rate, the paper's :math:`\beta`. Default 1.
 
     Raises:
-        ValueError: If a number is not positive; when training starts, where there is no second gradient of a batch, as
-            for :class:`PerFedAvg`.
+        ValueError: If ``lam``, ``inner_steps`` or ``inner_lr`` is not positive; when training starts, if a batch's
+            gradient can't be computed twice, as for :class:`PerFedAvg`.
 
     Reference:
         Dinh et al., "Personalized Federated Learning with Moreau Envelopes", NeurIPS 2020.
@@ -59,7 +59,7 @@ class PFedMe(Algorithm):
 
     def grad_transform(self, grads: Tree, params: Tree, ctx: Context) -> Tree:
         start = {name: params[name] for name in grads}
-        theta = add(start, grads, alpha=-self.inner_lr)  # the pull is 0 at the start
+        theta = add(start, grads, alpha=-self.inner_lr)  # the proximal term is 0 at the start
         for _ in range(self.inner_steps - 1):
             pulled = add_proximal(ctx["gradient_at"](theta), theta, start, self.lam)
             theta = add(theta, pulled, alpha=-self.inner_lr)

@@ -17,25 +17,26 @@ from lightning_fl.types import State, Tree
 @register("pushsum")
 @dataclass(frozen=True)
 class PushSum(Decentralized):
-    r"""Push-sum (SGP): nodes send to their successors only, and a weight that travels along keeps the mean right.
+    r"""Push-sum (SGP): nodes send to their successors only, along with a weight that corrects the mean.
 
     .. math:: z \leftarrow A (z + \Delta), \qquad w \leftarrow A w, \qquad x_i = z_i / w_i
 
-    The columns of :math:`A` add up to 1: each node divides what it has equally among itself and its successors, and
-    need not know who sends to it. :math:`\Delta_i = y_i - x_i` is what local training changes.
+    The columns of :math:`A` add up to 1: each node divides its sum :math:`z_i` and weight :math:`w_i` equally among
+    itself and its successors, and need not know who sends to it. :math:`\Delta_i = y_i - x_i` is the change by local
+    training.
 
     Args:
-        topology: Who sends to whom, such as ``fl.topologies.Exponential()`` or a directed ``Graph``. Default all to
+        topology: Who sends to whom, such as ``fl.topologies.Exponential()`` or a directed ``Graph``. Default: all to
             all.
 
     Raises:
-        ValueError: When training starts, if the graph does not connect the clients both ways.
+        ValueError: When training starts, if the graph is not strongly connected.
 
     Reference:
         Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML 2019.
     """
 
-    def check_matrix(self, population: int) -> None:
+    def check_matrix(self, population: int, weights: Tensor | None) -> None:
         self.topology.push_matrix(population)
 
     def init_more(self, nodes: Tree) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""q-FedAvg: fairness through more weight for clients with a larger loss."""
+"""q-FedAvg: fairness by giving more weight to clients with a larger loss."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class QFedAvg(Algorithm):
     same expectation. Flower uses the evaluation loss instead of the training loss, and one fixed :math:`L`.
 
     Args:
-        q: How much fairness counts. Default 1; 0 is FedAvg, and the paper uses 0.001 to 5, depending on the data set.
+        q: The weight of fairness. Default 1; 0 is FedAvg, and the paper uses 0.001 to 5, depending on the data set.
         lipschitz: The Lipschitz constant :math:`L` of the gradients. Default None: the inverse of the mean learning
             rate of the client's local steps, the paper's choice for plain SGD. Set it for other optimizers.
 

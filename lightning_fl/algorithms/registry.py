@@ -37,7 +37,7 @@ def register(name: str) -> Callable[[AlgorithmClass], AlgorithmClass]:
 def load_entry_points() -> None:
     """Registers the algorithms that installed packages provide in the entry-point group ``lightning_fl.algorithms``.
 
-    One that can't be loaded, is not an algorithm, or has a name that is taken is skipped with a warning.
+    An entry point that can't be loaded, is not an algorithm, or has a name that is taken is skipped with a warning.
     """
     for entry_point in entry_points(group=ENTRY_POINTS):
         name = entry_point.name.lower()
@@ -50,7 +50,7 @@ def load_entry_points() -> None:
         except Exception as error:  # a broken package must not break `import lightning_fl`
             package = entry_point.dist.name if entry_point.dist else "a package"
             warnings.warn(
-                f"The algorithm {entry_point.name!r} of {package} is left out: {type(error).__name__}: {error} Fix "
+                f"Skipped the algorithm {entry_point.name!r} of {package}: {type(error).__name__}: {error} Fix "
                 f"its entry point {entry_point.value!r}, or uninstall it.",
                 stacklevel=2,
             )

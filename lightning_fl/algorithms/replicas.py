@@ -1,4 +1,4 @@
-"""What algorithms share in which a server keeps a model for each client."""
+"""Base class of algorithms whose server keeps one model per client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning_fl.types import Aggregate, Context, State, Tree
 
 @dataclass(frozen=True)
 class Replicas(Algorithm):
-    r"""Base of the algorithms whose server keeps a model for each client.
+    r"""Base of the algorithms whose server keeps one model per client.
 
     All start from the same model. The models, each tensor stacked over the clients in the order of their ids, are the
     entry ``"nodes"`` of the state; ``"params"`` is their weighted mean, which validation and checkpoints see. All
@@ -32,7 +32,7 @@ class Replicas(Algorithm):
         return {"params": params, "nodes": nodes, **self.init_more(nodes)}
 
     def init_more(self, nodes: Tree) -> dict[str, Any]:
-        """What the state holds besides."""
+        """Further initial entries of the state."""
         return {}
 
     def client_init(self, server: State, client: State | None, probe: Any = None) -> Context:
@@ -40,18 +40,18 @@ class Replicas(Algorithm):
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         weights = aggregate.node_weights
-        assert weights is not None, "only an aggregator that hands on each client's update serves it"
+        assert weights is not None, "needs an aggregator that passes on each client's update, such as Nodes"
         state = {**server, **self.update_nodes(server, aggregate.nodes, weights)}
         mean = tree_map(lambda own: torch.tensordot(weights.to(own.dtype), own, dims=1), state["nodes"])
         return {**state, "params": mean}
 
     @abstractmethod
     def update_nodes(self, server: State, deltas: Tree, weights: Tensor) -> dict[str, Any]:
-        """The next entries of the state, ``"nodes"`` among them.
+        """The updated entries of the state, ``"nodes"`` among them.
 
         Args:
             server: The state before the round.
-            deltas: How local training has changed the models, each tensor ``[n, ...]``.
+            deltas: The changes of the models by local training, each tensor ``[n, ...]``.
             weights: The clients' weights ``[n]``, which add up to 1.
         """
 

@@ -32,10 +32,10 @@ class Scaffold(Algorithm):
     frameworks divide by the last learning rate, or weight the control variates by examples.
 
     Args:
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
         option: How a client updates its control variate. Default 2: from its local steps, at no extra cost. 1: the
-            gradient of its data at the global model; an additional pass over the data per round, for any local
-            optimizer.
+            gradient of its data at the global model, which works with any local optimizer but takes an additional pass
+            over the data per round.
 
     Raises:
         ValueError: If ``option`` is neither 1 nor 2.
@@ -69,8 +69,8 @@ class Scaffold(Algorithm):
         if not plain and self.option == 2:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"SCAFFOLD's control is derived for plain SGD, found {names}: with momentum or adaptive steps it is "
-                "not a gradient and may not correct the drift. Use torch.optim.SGD without momentum, or "
+                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with momentum or adaptive steps "
+                "it is not a gradient and may not correct the drift. Use torch.optim.SGD without momentum, or "
                 "Scaffold(option=1).",
                 stacklevel=2,
             )
@@ -94,7 +94,7 @@ class Scaffold(Algorithm):
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
         delta = subtract(params, ctx["params"])
-        # Option I: the measured gradient. Option II: from the local steps, with -correction = c_i - c.
+        # Option I: the measured gradient. Option II: from the local steps; -correction is c_i - c.
         control = ctx.get("gradient") or {
             name: -ctx["correction"][name] - change / run.lr_sum[name] if run.lr_sum[name] else ctx["control"][name]
             for name, change in delta.items()

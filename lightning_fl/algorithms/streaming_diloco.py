@@ -1,4 +1,4 @@
-"""Streaming DiLoCo: a fragment of the model at a time."""
+"""Streaming DiLoCo: synchronises one fragment of the model per round."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBERED = re.compile(r"^(.*?\.)?\d+(?=\.)")
 
 @dataclass(frozen=True)
 class StreamingDiLoCo(DiLoCo):
-    r"""Streaming DiLoCo: after each round one fragment of the model is joined, while the others go on locally.
+    r"""Streaming DiLoCo: each round synchronises one fragment of the model, while the others stay local.
 
     .. math::
         p &= t \bmod P \\
@@ -26,23 +26,23 @@ class StreamingDiLoCo(DiLoCo):
         v_p \leftarrow \beta v_p + \Delta_p, \quad x_p \leftarrow x_p + \eta_s (\Delta_p + \beta v_p) \\
         y_{i,p} &\leftarrow \alpha y_{i,p} + (1 - \alpha) x_p
 
-    In round t with H local steps the fragment p of P is sent, so that it is joined for the first time after
-    :math:`(p + 1) H` local steps and then after every :math:`P H`; in a round a P-th of DiLoCo's bytes travels. A
-    replica goes on from its own values of all other fragments. The blocks of a model, such as ``layers.3``, are dealt
-    to the fragments in turn; what belongs to no numbered block is a block of its own. With one fragment and no mixing
-    this is :class:`DiLoCo`.
+    In round :math:`t`, of H local steps, fragment p of P is synchronised: the first time after :math:`(p + 1) H` local
+    steps, then after every :math:`P H`. A round sends about 1/P of DiLoCo's bytes. For all other fragments a replica
+    continues from its own values. The blocks of a model, such as ``layers.3``, are assigned to the fragments in turn;
+    a module that is in no numbered block is a block of its own. With one fragment and no mixing this is
+    :class:`DiLoCo`.
 
     Args:
-        server_lr: The outer learning rate. Default 0.7.
-        momentum: The outer momentum. Default 0.9.
+        server_lr: The outer learning rate :math:`\eta_s`. Default 0.7.
+        momentum: The outer momentum :math:`\beta`. Default 0.9.
         nesterov: Whether the outer momentum is Nesterov's. Default True.
         fragments: Number of fragments P. Default 2.
-        mix: The share :math:`\alpha` of its own values with which a replica goes on where a fragment has been joined.
-            Default 0: it takes the joint ones.
+        mix: The share :math:`\alpha` of a replica's own values in the values from which it continues after a fragment
+            was synchronised. Default 0: it takes the global ones.
 
     Raises:
-        ValueError: If ``fragments`` is not positive, or ``mix`` not in [0, 1); in the first round, if the model has
-            fewer blocks than fragments.
+        ValueError: If ``fragments`` is not positive, ``mix`` not in [0, 1) or ``momentum`` not in [0, 1); when training
+            starts, if the model has fewer blocks than fragments.
 
     Example:
         >>> import lightning_fl as fl
@@ -102,7 +102,7 @@ class StreamingDiLoCo(DiLoCo):
         return {**{key: {**server[key], **moved[key]} for key in moved}, "round": server["round"] + 1}
 
     def _names(self, params: Iterable[str], rounds: Sequence[int]) -> list[str]:
-        """The names of the tensors that are joined at the ends of some rounds."""
+        """The names of the tensors that are synchronised at the end of any of the given rounds."""
         names = list(params)
         place = {block: index for index, block in enumerate(dict.fromkeys(map(_block, names)))}
         fragments = {round % self.fragments for round in rounds[-self.fragments :]}
@@ -110,6 +110,6 @@ class StreamingDiLoCo(DiLoCo):
 
 
 def _block(name: str) -> str:
-    """The numbered block that a tensor belongs to, such as ``"layers.3"``; else its module."""
+    """The numbered block that contains a tensor, such as ``"layers.3"``; without one, the tensor's module."""
     found = _NUMBERED.match(name)
     return found[0] if found else name.rpartition(".")[0]

@@ -1,4 +1,4 @@
-"""TERM: tilted losses, for the worst-off clients or against outliers."""
+"""TERM: tilted losses, for fairness or robustness to outliers."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_fl.tree import add, scalar_like, scale, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
 
 LARGEST = 50.0
-"""Bound of the tilt's exponents: beyond it a client's share is as good as all or nothing."""
+"""Bound of the exponents: beyond it a client's share is practically 0 or 1."""
 
 
 @register("term")
 @dataclass(frozen=True)
 class TERM(Algorithm):
-    r"""TERM: clients count by the exponential of their loss, more of it for fairness, less of it against outliers.
+    r"""TERM: clients are weighted by the exponential of their tilted loss, for fairness or against outliers.
 
     .. math::
         \min_x \frac{1}{t} \log \sum_i p_i e^{t F_i(x)}: \qquad
         x \leftarrow x + \eta_s \frac{\sum_i p_i e^{t F_i} (y_i - x)}{\sum_i p_i e^{t F_i}}, \qquad F_i = F_i(x)
 
-    With ``t`` towards infinity the largest loss counts alone, with ``t`` below 0 clients with a large loss count less.
-    Each client measures its mean loss in an additional pass over its data at the global model. The exponents are
-    relative to the last round's tilted loss, which changes no share and keeps them from overflowing.
+    As ``t`` goes to infinity only the largest loss counts; with ``t`` below 0 clients with a large loss count less.
+    Each client measures its mean loss in an additional pass over its data at the global model. The tilted loss of the
+    last round is subtracted from the exponents, which leaves the shares unchanged and prevents overflow.
 
     Args:
-        t: The tilt :math:`t`, in units of one over the loss. Default 1; 0 is FedAvg, and the paper has -2 to 50.
-        server_lr: The server's step :math:`\eta_s`. Default 1.
+        t: The tilt :math:`t`, in units of 1 / loss. Default 1; 0 is FedAvg, and the paper uses -2 to 50.
+        server_lr: The server's learning rate :math:`\eta_s`. Default 1.
 
     Raises:
         ValueError: If ``t`` is not finite.

@@ -1,4 +1,4 @@
-"""Federated analytics: questions about data that stays where it is."""
+"""Federated analytics: statistics of data that stays with its clients."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Asks questions of data that stays with its clients."""
+"""Answers questions about data that stays with its clients."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ MIN_COUNT = 5
 
 @dataclass(frozen=True)
 class Analysis:
-    """The answers, and what they have cost.
+    """The answers, and the privacy that they cost.
 
     Args:
-        questions: The questions, with what was learned from the data to ask them.
-        answers: The answer to each.
+        questions: The questions, including fields that were learned from the data.
+        answers: The answer to each question.
         num_clients: Number of clients.
-        num_steps: How many sums were made.
-        ledger: The releases of all questions, with those that it held before.
+        num_steps: Number of sums over the clients.
+        ledger: The releases of all questions, including earlier ones.
         delta: The delta of :attr:`epsilon`; 0 if nothing was protected by noise.
-        own: Epsilon and delta of each question that is private by itself, with those of earlier calls.
+        own: Epsilon and delta of each question that is private by itself, including those of earlier calls.
     """
 
     questions: Sequence[Question]
@@ -60,7 +60,7 @@ class Analysis:
         return Spent(self.ledger, list(self.own)).epsilon(self.delta)
 
     def to_dict(self) -> dict[str, Any]:
-        """The answers as JSON has them."""
+        """The answers as plain data for JSON."""
         answers = [
             {"question": describe(question), **answer.to_dict()}
             for question, answer in zip(self.questions, self.answers, strict=True)
@@ -77,7 +77,7 @@ class Analysis:
 
 
 def describe(question: Question) -> str:
-    """A question in one line, without long lists that were learned or declared."""
+    """A question in one line, without long learned or declared lists."""
     inner = getattr(question, "question", None)
     if inner is not None:
         return f"{describe(inner)} by {question.column}"  # type: ignore[attr-defined]
@@ -104,24 +104,24 @@ def analyze(
     min_count: int = MIN_COUNT,
     ledger: Ledger | str | Path | None = None,
 ) -> Analysis:
-    """Asks questions of all clients; each learns the answers, and nothing else of the others under secure aggregation.
+    """Asks questions of all clients; under secure aggregation the clients learn the answers and nothing else.
 
     Every rank of a federation must call it with the same questions.
 
     Args:
         questions: The questions.
-        data: A pandas ``DataFrame`` of all clients with a column that names them, or one for each client by id; the
-            same on every rank, which then computes its share of the clients. Without ``client``, a DataFrame is the
-            data of this rank, a silo.
+        data: A pandas ``DataFrame`` of all clients with a column that names them, or a mapping from client id to a
+            DataFrame; the same on every rank, which then computes its share of the clients. Without ``client``, a
+            DataFrame is the data of this rank, a silo.
         client: The column that names the client of a row. Rows without one form a client of their own.
         group: The ranks of the federation. None: this process.
-        aggregator: How sums are made: the weighted mean, or ``fl.privacy.SecureAggregation()``, which shows nobody more
-            than the sum of all. Default the first.
-        privacy: Noise on every sum. None: none.
-        min_count: The fewest rows that an answer, or a part of it, may rest on. 1: no such rule.
-        ledger: Releases that were made before of the same rows; they count against ``privacy.max_epsilon``. As the name
-            of a file it is read, and written before each release; it also remembers how columns were divided, so that
-            no two calls divide one in different ways. Sums that are shown without noise are in it with no noise.
+        aggregator: Computes the sums: ``WeightedMean()``, the default, or ``fl.privacy.SecureAggregation()``, which
+            reveals only the sum over all clients.
+        privacy: Noise on every sum. None: no noise.
+        min_count: Smallest number of rows behind an answer, or a part of it; others are withheld. 1: none is.
+        ledger: Earlier releases about the same rows; they count against ``privacy.max_epsilon``. If it is a file name,
+            the file is read, and written before each release; it also records the bins of each column, so that no two
+            calls divide a column differently. Sums released without noise are recorded with a noise multiplier of 0.
 
     Raises:
         ValueError: On every rank, if a column is missing, or a question can't be asked in this way.
@@ -157,14 +157,14 @@ def analyze(
         ctx = RoundContext(num_steps, cohort, len(cohort), group=group, silos=silos)
         noisy = [place for place in going if not questions[place].is_private_by_itself]
         own = [] if num_steps else [question.own_epsilon for question in questions if question.is_private_by_itself]
-        # Told to all before anything is summed, so that no rank waits for one that has stopped.
+        # Reported to all before anything is summed, so that no rank waits for one that has stopped.
         with _told_to_all(group, "asked"):
             sums = {name: _prefixed(questions, states, going, table) for name, table in tables.items()}
             if privacy is not None:
                 for place in noisy:
                     questions[place].sensitivity(states[place])
                 privacy.check_budget(spent, len(noisy), own)
-        # Written down before anybody sees the sums.
+        # Recorded before the sums are released.
         with _told_to_all(group, "written down"):
             spent.own += own
             event = Gaussian(0.0, adversary="server") if privacy is None else privacy.event(silos)
@@ -176,7 +176,7 @@ def analyze(
                 name: privacy.share(own_sums, questions, states, num_steps, group.rank, shares)
                 for name, own_sums in sums.items()
             }
-        # Of no rows, so that a rank without clients knows the shapes too.
+        # From zero rows, so that a rank without clients knows the shapes too.
         shapes = _prefixed(questions, states, going, no_rows)
         total = _summed(sums, shapes, aggregator, session, ctx, _digest(questions, states, min_count))
         if privacy is not None and not silos:
@@ -193,7 +193,9 @@ def clients_of(data: Any, client: str | None, group: Group) -> tuple[dict[Client
     """This rank's clients with their rows, all clients, whether each rank is a silo, and a table without rows."""
     if isinstance(data, Mapping):
         if client is not None:
-            raise ValueError(f"client={client!r} names a column, but the data is given by client. Leave it out.")
+            raise ValueError(
+                f"client={client!r} names a column, but the data is already a mapping by client. Leave it out."
+            )
         everybody = {as_client_id(name): table for name, table in data.items()}
     elif client is not None:
         owner = np.array([WITHOUT_CLIENT if name is None else name for name in labels(data, client)], dtype=object)
@@ -220,8 +222,8 @@ def _ready(question: Question, aggregator: Aggregator, privacy: RowLevelDP | Non
         what = ", ".join(f"{name} of the column {column!r}" for name, column in question.undeclared.items())
         why = "secure aggregation" if is_secure else "differential privacy"
         raise ValueError(
-            f"{describe(question)} does not declare {what.replace('learned_grid', 'grid')}, which the clients would "
-            f"have to name one by one, and {why} shows no single client's values. Declare them from public knowledge."
+            f"{describe(question)} does not declare {what.replace('learned_grid', 'grid')}, so each client would have "
+            f"to reveal its values, which {why} does not allow. Declare them from public knowledge."
         )
     if privacy is not None and not question.is_private_by_itself:
         question.sensitivity(question.start())
@@ -231,36 +233,36 @@ def _ready(question: Question, aggregator: Aggregator, privacy: RowLevelDP | Non
 def _check_same(
     questions: Sequence[Question], aggregator: Aggregator, privacy: RowLevelDP | None, min_count: int, group: Group
 ) -> None:
-    # The mean has no settings, and its repr would be its address.
+    # The mean has no settings, and its repr would contain its address.
     how = [type(aggregator).__name__ if type(aggregator) is WeightedMean else repr(aggregator), repr(privacy)]
     hello = {"questions": [repr(question) for question in questions], "how": how, "min_count": min_count}
     for rank, message in enumerate(group.all_gather(Message(hello), "questions")):
         if message.fields != hello:
             raise ValueError(
-                f"Rank {rank} asks other questions, or in another way, than rank {group.rank}: "
-                f"{str(message.fields)[:500]}. Ask the same questions everywhere."
+                f"Rank {rank} asks other questions, or with other settings, than rank {group.rank}: "
+                f"{str(message.fields)[:500]}. Ask the same questions on all ranks."
             )
 
 
 def _check_rows(tables: Mapping[ClientId, Any], min_count: int) -> None:
-    """Keeps a silo with so few rows that its sums would be theirs from sending them where they are seen."""
+    """Refuses to send the sums of a silo with so few rows that the sums would reveal them."""
     for table in tables.values():
         if 0 < len(table) < min_count:
             raise ValueError(
-                f"This silo has {len(table)} rows, fewer than {min_count}, and others would see its sums. Ask by "
-                "SecureAggregation() (--secure), which shows only those over all."
+                f"This silo has {len(table)} rows, fewer than {min_count}, and others would see its sums. Use "
+                "SecureAggregation() (--secure), which reveals only the sums over all silos."
             )
 
 
 def _declared(
     question: Question, tables: Mapping[ClientId, Any], group: Group, silos: bool, min_count: int
 ) -> Question:
-    """The question with what the clients name for its undeclared fields: no value that few of a client's rows have."""
+    """The question with its undeclared fields learned from the clients, without values that few of their rows have."""
     for name, column in question.undeclared.items():
         if name in question.individual and silos and min_count > 1:
             raise ValueError(
                 f"{describe(question)} declares no {name.rpartition('.')[2].replace('learned_', '')}, so each silo "
-                f"would have to name the {column!r} of each of its rows to the others. Declare it from public "
+                f"would have to reveal {column!r} of each of its rows to the others. Declare it from public "
                 "knowledge, or, if the others may see it, allow min_count=1 (--min-count 1). To compare ids use "
                 "fl.vertical.psi."
             )
@@ -274,8 +276,8 @@ def _declared(
         union = by_value([str(value) for message in messages for value in message.fields["found"]])
         if not union:
             raise ValueError(
-                f"The column {column!r} has no value that {fewest} rows of a client have. Declare its values from "
-                "public knowledge: values=, or --values COLUMN=A,B."
+                f"The column {column!r} has no value that at least {fewest} rows of a client have. Declare its values "
+                "from public knowledge: values=, or --values COLUMN=A,B."
             )
         question = question.declare(name, union)
     return question
@@ -283,7 +285,7 @@ def _declared(
 
 @contextmanager
 def _told_to_all(group: Group, topic: str) -> Iterator[None]:
-    """Raises on every rank what is raised on one."""
+    """Raises an error of one rank on every rank."""
     problem, is_budget = "", False
     try:
         yield
@@ -297,7 +299,7 @@ def _told_to_all(group: Group, topic: str) -> Iterator[None]:
 
 
 def _prefixed(questions: Sequence[Question], states: Sequence[Any], going: Sequence[int], table: Any) -> Tree:
-    """What a client adds to the sums of all questions that have no answer yet."""
+    """A client's contribution to the sums of all questions that have no answer yet."""
     sums: Tree = {}
     for place in going:
         for key, value in questions[place].local(table, states[place]).items():
@@ -313,8 +315,8 @@ def _prefixed(questions: Sequence[Question], states: Sequence[Any], going: Seque
 def _summed(
     sums: Mapping[Any, Tree], shapes: Tree, aggregator: Aggregator, session: Any, ctx: RoundContext, digest: bytes
 ) -> Tree:
-    """The sums over all clients, by the aggregator that also sums updates."""
-    # Under secure aggregation buffers are summed exactly. The template stands for the question and its state: a client
+    """The sums over all clients, computed by an aggregator of updates."""
+    # Under secure aggregation buffers are summed exactly. The template identifies the question and its state: a client
     # refuses to add the same numbers to a second sum with other clients.
     marker = torch.tensor(list(digest))
     template = Update({"question": marker}, {name: torch.zeros_like(value) for name, value in shapes.items()})

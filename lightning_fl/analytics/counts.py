@@ -1,4 +1,4 @@
-"""Questions that count rows: histograms, quantiles, frequencies and tests on them."""
+"""Questions that count rows: histograms, quantiles, frequencies and the chi-squared test."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OTHER = "(other or missing)"
 
 @dataclass(frozen=True)
 class Histogram(Question):
-    """Counts of a column's values between edges; each bin has its lower edge, the last one both.
+    """Counts of a column's values between edges; each bin includes its lower edge, the last one both.
 
     Args:
         column: The column.
@@ -63,19 +63,22 @@ class Histogram(Question):
 
 @dataclass(frozen=True)
 class Quantile(Question):
-    r"""The smallest value :math:`x` with :math:`F(x) \ge q`, by a search over counts.
+    r"""The smallest value :math:`x` with :math:`F(x) \ge q`, found by a search over counts.
 
-    Each step counts the values in equal parts of the interval that is left. Without a range the parts are those of the
-    numbers that float64 can hold, and 8 steps of 256 parts end at the exact value, which is withheld if fewer than
-    ``min_count`` rows are as small, or as large. With a range they divide the range,
-    and the answer is the middle of a part of width :math:`(high - low) / 16^{steps}`.
+    Each step counts the values in equal parts of the remaining interval. Without a range, the interval is all float64
+    numbers, and 8 steps of 256 parts find the exact value, which is withheld if fewer than ``min_count`` rows are at
+    most, or at least, as large. With a range, the answer is the middle of an interval of width
+    :math:`(high - low) / 16^{steps}`.
 
     Args:
-        column: The column; missing values do not count.
-        q: One or more shares, each above 0 and below 1. 0 and 1, minimum and maximum, would be one row's own value:
-            they need a range.
-        range: The smallest and largest value, to which values are clipped. Differential privacy needs it.
-        steps: Steps of the search in a range. Default 4.
+        column: The column; missing values are ignored.
+        q: One or more shares, each above 0 and below 1. 0 and 1, the minimum and maximum, are allowed only with a
+            range, because they would be a single row's value.
+        range: The smallest and largest value, to which values are clipped. Required for differential privacy.
+        steps: Number of search steps if there is a range, 1 to 12. Default 4.
+
+    Raises:
+        ValueError: If an argument is out of range.
     """
 
     column: str
@@ -91,7 +94,7 @@ class Quantile(Question):
             )
         if self.range is None and {0, 1} & set(self.q):
             raise ValueError(
-                f"The smallest or largest {self.column!r} is the value of one row. Declare a range=(low, high), or "
+                f"The smallest or largest {self.column!r} is a single row's value. Declare a range=(low, high), or "
                 "ask for quantiles such as 0.05 and 0.95."
             )
 
@@ -101,7 +104,7 @@ class Quantile(Question):
 
     @property
     def _digits(self) -> tuple[int, int]:
-        """Bits of a step, and number of steps."""
+        """Number of bits per step, and number of steps."""
         return (8, 8) if self.range is None else (4, self.steps)
 
     def start(self) -> Any:
@@ -122,7 +125,7 @@ class Quantile(Question):
         bits, steps = self._digits
         counts = array(total["counts"])
         n = state.get("n", float(counts[0].sum()))
-        # The rank among the rows of the interval that is left; a trifle less, because 0.9 x 10 is above 9 in float64.
+        # The rank among the rows of the remaining interval; slightly less, because 0.9 x 10 is above 9 in float64.
         ranks = state["rank"] or [max(1.0, math.ceil(q * n - 1e-9)) for q in self.q]
         found, left = [], []
         for row, rank, before in zip(counts, ranks, state["found"], strict=True):
@@ -135,8 +138,8 @@ class Quantile(Question):
         values = {f"{q:g}": self._value(key) for q, key in zip(self.q, found, strict=True)}
         if self.range is not None:
             return Answer(n, values)
-        # The exact value is as good as the smallest or largest row's own, if few are beyond it; and quantiles that are
-        # close list all rows.
+        # An exact value that few rows exceed reveals about as much as the extreme row itself; and quantiles close to
+        # each other would list all rows.
         ranks = sorted({max(1.0, math.ceil(q * n - 1e-9)) for q in self.q})
         gaps = [b - a for a, b in pairwise(ranks)]
         return Answer(n, values, fewest=min([ranks[0], n - ranks[-1] + 1, *gaps]))
@@ -148,7 +151,7 @@ class Quantile(Question):
             size = 1 << 4 * self.steps
             share = (np.clip(values, low, high) - low) / (high - low)
             return np.minimum((share * size).astype(np.uint64), np.uint64(size - 1))
-        raw = (values + 0.0).view(np.uint64)  # + 0.0, because -0 and 0 are equal and differ in their bits
+        raw = (values + 0.0).view(np.uint64)  # + 0.0, because -0 and 0 are equal but differ in their bits
         sign = np.uint64(1 << 63)
         return np.where(raw & sign, ~raw, raw | sign)
 
@@ -169,18 +172,18 @@ class Quantile(Question):
 
 
 def _crossing(below: np.ndarray, rank: float) -> int:
-    """Where noisy cumulative counts first reach a rank."""
+    """The index at which noisy cumulative counts first reach a rank."""
     reached = np.nonzero(below >= rank)[0]
     return int(reached[0]) if len(reached) else len(below) - 1
 
 
 @dataclass(frozen=True)
 class Frequency(Question):
-    """How often each value of a column occurs.
+    """The number of rows with each value of a column.
 
     Args:
         column: The column.
-        values: Its values. Empty: those that the clients name, which secure aggregation and privacy do not allow.
+        values: Its values. Empty: learned from the clients, which secure aggregation and privacy do not allow.
     """
 
     column: str
@@ -212,9 +215,9 @@ class ChiSquare(Question):
 
     Args:
         x: A column.
-        y: The other; rows that lack either do not count.
-        x_values: The values of ``x``. Empty: those that the clients name.
-        y_values: The values of ``y``.
+        y: The other column; rows without either value are ignored.
+        x_values: The values of ``x``. Empty: learned from the clients.
+        y_values: The values of ``y``. Empty: learned from the clients.
     """
 
     x: str
@@ -241,7 +244,7 @@ class ChiSquare(Question):
         rows, columns = counts.sum(1), counts.sum(0)
         n = float(counts.sum())
         if n <= 0 or (rows <= 0).any() or (columns <= 0).any():
-            return Answer(n, withheld="a value has no rows, so there is nothing to compare")
+            return Answer(n, withheld="a value has no rows, so expected counts are 0")
         expected = np.outer(rows, columns) / n
         statistic = float(((counts - expected) ** 2 / expected).sum())
         df = (len(rows) - 1) * (len(columns) - 1)
@@ -250,7 +253,7 @@ class ChiSquare(Question):
             **{f"{self.y}={value}": count for value, count in zip(self.y_values, columns.tolist(), strict=True)},
         }
         p = chi2_p(statistic, df) if df else math.nan
-        # With one degree of freedom the statistic and the margins tell every cell.
+        # With one degree of freedom, the statistic and the margins reveal every cell.
         fewest = float(counts[counts > 0].min()) if df <= 1 else 0.0
         return Answer(n, {"chi2": statistic, "df": df, "p": p}, counts=margins, fewest=fewest)
 

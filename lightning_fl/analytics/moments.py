@@ -55,8 +55,8 @@ class Mean(Question):
     r"""The mean :math:`\sum_i x_i / n` of a column.
 
     Args:
-        column: The column; missing values do not count.
-        range: Its smallest and largest value, to which values are clipped. Differential privacy needs it.
+        column: The column; missing values are ignored.
+        range: Its smallest and largest value, to which values are clipped. Required for differential privacy.
     """
 
     column: str
@@ -81,7 +81,7 @@ class Mean(Question):
 
 @dataclass(frozen=True)
 class _Moments(Question):
-    """Means in the first step, sums of products of the distances from them in the second, which loses no digits."""
+    """Computes means in the first step, and sums of products of deviations in the second, which avoids cancellation."""
 
     @property
     @abstractmethod
@@ -95,7 +95,7 @@ class _Moments(Question):
 
     @abstractmethod
     def _finish(self, n: float, mean: np.ndarray, products: np.ndarray) -> Answer:
-        """The answer from the number of rows, the means, and the sums of products of distances from the means."""
+        """The answer from the number of rows, the means, and the sums of products of deviations from the means."""
 
     def local(self, table: Any, state: Any) -> Tree:
         values = units(complete(numbers(table, *self._columns)), self._ranges)
@@ -110,13 +110,13 @@ class _Moments(Question):
         if not state:
             n = float(total["n"])
             mean = array(total["sum"]) / max(n, 1.0)
-            # Noise may bring the mean out of the range, and with it the distances.
+            # Noise may move the mean, and with it the deviations, out of the range.
             return {"n": n, "mean": (mean.clip(-1, 1) if all(self._ranges) else mean).tolist()}
         middles, halves = scales(self._ranges)
         n, mean, products = state["n"], np.asarray(state["mean"]), array(total["products"])
         if all(self._ranges):
             products = 4 * products
-        elif n:  # what rounding of the means has left
+        elif n:  # corrects the rounding errors of the means
             products = products - np.outer(total["rest"], total["rest"]) / n
         return self._finish(n, middles + halves * mean, products * np.outer(halves, halves))
 
@@ -131,9 +131,9 @@ class Variance(_Moments):
     r"""Mean, variance :math:`\sum_i (x_i - \bar x)^2 / (n - 1)` and standard deviation of a column.
 
     Args:
-        column: The column; missing values do not count.
-        range: Its smallest and largest value, to which values are clipped. Differential privacy needs it.
-        ddof: What is subtracted from n. Default 1.
+        column: The column; missing values are ignored.
+        range: Its smallest and largest value, to which values are clipped. Required for differential privacy.
+        ddof: Delta degrees of freedom: the divisor is n - ddof. Default 1.
     """
 
     column: str
@@ -158,12 +158,12 @@ class Variance(_Moments):
 
 @dataclass(frozen=True)
 class Correlation(_Moments):
-    r"""Pearson's correlation of two columns, with the p-value of no correlation.
+    r"""Pearson's correlation of two columns, with the p-value of the hypothesis of no correlation.
 
     Args:
-        x: A column; rows that lack either value do not count.
-        y: The other.
-        ranges: The range of each. Differential privacy needs them.
+        x: A column; rows without either value are ignored.
+        y: The other column.
+        ranges: The range of each. Required for differential privacy.
     """
 
     x: str
@@ -193,13 +193,16 @@ class Correlation(_Moments):
 
 @dataclass(frozen=True)
 class PCA(_Moments):
-    """Principal components: the directions in which rows differ most.
+    """Principal component analysis: the directions in which rows differ most.
 
     Args:
-        columns: Two or more columns; rows that lack a value do not count.
-        components: How many. Default 3.
-        standardise: Divides each column by its standard deviation. Default True.
-        ranges: The range of each column. Differential privacy needs them.
+        columns: Two or more columns; rows with a missing value are ignored.
+        components: Number of components. Default 3.
+        standardise: Whether to divide each column by its standard deviation. Default True.
+        ranges: The range of each column. Required for differential privacy.
+
+    Raises:
+        ValueError: If there are fewer than two columns, or ``components`` or ``ranges`` does not fit them.
     """
 
     columns: tuple[str, ...]
@@ -233,7 +236,7 @@ class PCA(_Moments):
             covariance = covariance / np.outer(std, std)
         values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
         values, vectors = values[::-1].clip(0), vectors[:, ::-1].T[: self.components]
-        # A direction and its opposite are the same: the largest entry is positive.
+        # A direction is defined up to its sign: make the largest entry positive.
         vectors = vectors * np.sign(vectors[np.arange(len(vectors)), np.abs(vectors).argmax(1)])[:, None]
         ratio = values / (values.sum() or 1.0)
         return Answer(n, {"explained": ratio[: self.components].tolist(), "components": vectors.tolist()})

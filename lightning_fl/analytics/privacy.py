@@ -1,4 +1,4 @@
-"""Differential privacy of rows: noise on every sum, counted by the ledger."""
+"""Row-level differential privacy: noise on every sum, recorded in a ledger."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ from lightning_fl.types import Tree
 
 @dataclass(frozen=True)
 class RowLevelDP:
-    r"""Gaussian noise on every sum, which hides any one row: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`.
+    r"""Gaussian noise on every sum, which hides any single row: :math:`\sum_i x_i + \mathcal{N}(0, z^2 C^2)`.
 
-    :math:`C` is the largest norm of what one row adds to the sums of a question, which follows from the ranges that the
-    question declares. Each step of each question is one release in the ledger. With the clients in one process, or
-    spread over the ranks of one simulation, the noise is added once to the sum. Silos under ``SecureAggregation`` each
-    add a share: as many shares as the fewest silos in a sum, less one that an adversary may know, have the noise.
+    :math:`C` is the sensitivity: the largest norm of one row's contribution to the sums of a question, which follows
+    from the ranges that the question declares. Each step of each question is one release in the ledger. In a
+    simulation, with all clients in one process or spread over ranks, the noise is added once to the sum. Silos under
+    ``SecureAggregation`` each add a share: the shares of the smallest allowed number of silos in a sum, minus one that
+    an adversary may know, already have the full noise.
 
-    A person with several rows is protected as a group of so many rows: ``ledger.epsilon(delta, group=rows)``.
+    A person with several rows is protected as a group of as many rows: ``ledger.epsilon(delta, group=rows)``.
 
     Args:
-        noise_multiplier: The noise :math:`z`, relative to the largest norm. 0: NOT PRIVATE.
-        delta: The delta of the epsilon that is shown. Default 1e-5; choose it well below 1 / rows.
-        max_epsilon: A release that would make epsilon larger is not made. None: no limit.
-        insecure_test_seed: Makes the noise repeat, for tests. The answers are then NOT PRIVATE.
+        noise_multiplier: The noise :math:`z`, relative to :math:`C`. 0: NOT PRIVATE.
+        delta: The delta of the reported epsilon. Default 1e-5; choose it well below 1 / rows.
+        max_epsilon: Releases that would exceed this epsilon are refused. None: no limit.
+        insecure_test_seed: Makes the noise reproducible, for tests. The answers are then NOT PRIVATE.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -61,32 +62,32 @@ class RowLevelDP:
             warn_of_test_seed()
 
     def check_silos(self, aggregator: Aggregator) -> None:
-        """Refuses silos that would see each other's sums before there is enough noise on them.
+        """Refuses an aggregator under which silos would see each other's sums before these have enough noise.
 
         Raises:
-            ValueError: If the aggregator shows single sums.
+            ValueError: If the aggregator reveals single sums.
         """
         if aggregator.integer_bits is None:
             raise ValueError(
-                "A federation of silos has no server that could add the noise and keep it secret. Use "
-                "aggregator=fl.privacy.SecureAggregation(), under which each silo adds a share of it (--secure)."
+                "A federation of silos has no server that could add secret noise. Use "
+                "aggregator=fl.privacy.SecureAggregation(), with which each silo adds a share of it (--secure)."
             )
 
     def event(self, silos: bool) -> Gaussian:
-        """A release as the ledger has it.
+        """The ledger's entry for one release.
 
         Args:
-            silos: Whether silos add the noise, which then hides rows from everybody.
+            silos: Whether silos add the noise, which then also hides rows from the other silos.
         """
         noise = 0.0 if self.insecure_test_seed is not None else self.noise_multiplier
         return Gaussian(noise, adversary="server" if silos else "model")
 
     def check_budget(self, spent: Spent, count: int, own: Sequence[tuple[float, float]]) -> None:
-        """Makes sure that the releases of a step may be made.
+        """Checks that the releases of a step stay within the budget.
 
         Args:
-            spent: What was spent before.
-            count: How many releases there are.
+            spent: The earlier releases.
+            count: Number of releases in the step.
             own: Epsilon and delta of questions that are private by themselves.
 
         Raises:
@@ -100,8 +101,8 @@ class RowLevelDP:
         epsilon, _ = planned.epsilon(self.delta)
         if epsilon > self.max_epsilon:
             raise PrivacyBudgetExceeded(
-                f"The next step would make epsilon {epsilon:.4g}, more than max_epsilon={self.max_epsilon:g}. Ask "
-                "fewer questions, or with more noise."
+                f"The next step would raise epsilon to {epsilon:.4g}, above max_epsilon={self.max_epsilon:g}. Ask "
+                "fewer questions, or add more noise."
             )
 
     def add(self, total: Tree, questions: Sequence[Question], states: Sequence[Any], step: int, group: Group) -> Tree:

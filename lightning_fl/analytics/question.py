@@ -1,4 +1,4 @@
-"""What a question is: sums that each client computes of its own rows, and what the sums of all say."""
+"""The interface of a question: sums that each client computes over its rows, and the answer from the total."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Answer:
-    """What all clients together say.
+    """The answer of all clients together.
 
     Args:
-        n: The rows that it rests on.
+        n: Number of rows behind the answer.
         values: The answer, as plain data.
         parts: Answers about parts of the rows, such as one group.
-        counts: The rows behind each part, or behind each set of rows that the answer tells apart.
-        fewest: The rows of the smallest set that the values tell apart; 0 if they tell none apart.
+        counts: Number of rows behind each part, or behind each set of rows that the answer distinguishes.
+        fewest: Number of rows in the smallest set that the values distinguish; 0 if they distinguish none.
         withheld: Why there is no answer; empty if there is one.
     """
 
@@ -39,7 +39,7 @@ class Answer:
     withheld: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON has it."""
+        """The answer as plain data for JSON."""
         if self.withheld:
             return {"withheld": self.withheld}
         parts = {name: part.to_dict() if isinstance(part, Answer) else part for name, part in self.parts.items()}
@@ -47,10 +47,10 @@ class Answer:
 
 
 class Question(ABC):
-    """A question about rows that stay with their clients; a frozen dataclass of what is asked.
+    """A question about rows that stay with their clients; a frozen dataclass of its settings.
 
-    In each step every client computes :meth:`local`, the sums of all clients go to :meth:`step`, and its state to the
-    next step, until there is an answer. A state is plain data that everybody may know.
+    In each step every client computes :meth:`local`; :meth:`step` gets the sum over all clients and returns the state
+    of the next step or, at the end, the answer. A state is plain data that all parties may know.
     """
 
     is_private_by_itself: bool = False
@@ -68,7 +68,7 @@ class Question(ABC):
 
     @property
     def individual(self) -> frozenset[str]:
-        """Those fields of :attr:`undeclared` that list what single rows have, such as times or ids."""
+        """Those fields of :attr:`undeclared` that would list values of single rows, such as times or ids."""
         return frozenset()
 
     def declare(self, name: str, values: Sequence[Any]) -> Question:
@@ -77,7 +77,7 @@ class Question(ABC):
 
     @property
     def cuts(self) -> Mapping[str, tuple[Any, ...]]:
-        """The columns by which the answer tells rows apart, each with the values or edges between which it does."""
+        """The columns by which the answer divides the rows, each with the values or edges of the parts."""
         return {}
 
     def check_sums(self) -> None:
@@ -94,11 +94,11 @@ class Question(ABC):
 
     @abstractmethod
     def local(self, table: Any, state: Any) -> Tree:
-        """What a client adds to the sums of this step: float64 tensors by name, with shapes that the state fixes.
+        """A client's contribution to the sums of this step: float64 tensors by name, with shapes given by the state.
 
         Args:
             table: The client's rows, a pandas ``DataFrame``.
-            state: What the last step has said.
+            state: The state of this step.
         """
 
     @abstractmethod
@@ -111,14 +111,14 @@ class Question(ABC):
         """
 
     def sensitivity(self, state: Any) -> float:
-        """The largest norm of what one row adds to the sums of this step.
+        """The largest norm of one row's contribution to the sums of this step.
 
         Raises:
-            ValueError: If there is no such bound, because a range was not declared, or in principle.
+            ValueError: If there is no bound: a range was not declared, or the question has none.
         """
         raise ValueError(
-            f"{type(self).__name__} has no bound on what one row adds to its sums, so noise can't hide a row. Ask it "
-            "without differential privacy."
+            f"{type(self).__name__} has no bound on one row's contribution to its sums, so noise can't hide a row. Ask "
+            "it without differential privacy."
         )
 
 
@@ -145,7 +145,7 @@ def complete(values: np.ndarray) -> np.ndarray:
 
 
 def labels(table: Any, column: str) -> np.ndarray:
-    """A column as text, where None is a missing value; whole numbers have no decimal point."""
+    """A column as strings, with None for missing values; whole numbers have no decimal point."""
     values = _column(table, column)
     found = np.full(len(values), None, dtype=object)
     for row, value in enumerate(values.tolist()):
@@ -156,13 +156,13 @@ def labels(table: Any, column: str) -> np.ndarray:
 
 
 def codes(table: Any, column: str, values: Sequence[Any]) -> np.ndarray:
-    """The place of each row's label in ``values``; those that are missing or not listed have ``len(values)``."""
+    """The index of each row's label in ``values``; ``len(values)`` if it is missing or not listed."""
     place = {str(value): index for index, value in enumerate(values)}
     return np.array([place.get(label, len(values)) for label in labels(table, column)], dtype=np.int64)
 
 
 def by_value(found: Sequence[str]) -> list[str]:
-    """Labels in order: numbers by their size, then text."""
+    """Sorted labels: numbers by value, then strings."""
 
     def key(label: str) -> tuple[int, float, str]:
         try:
@@ -174,7 +174,7 @@ def by_value(found: Sequence[str]) -> list[str]:
 
 
 def by_question(sums: Tree) -> dict[int, Tree]:
-    """Sums whose names begin with the number of their question, by question."""
+    """Groups sums by question; their names begin with the number of their question."""
     found: dict[int, Tree] = {}
     for name, value in sums.items():
         place, _, rest = name.partition("/")
@@ -194,7 +194,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 
 def units(values: np.ndarray, ranges: Sequence[Range | None]) -> np.ndarray:
-    """Clips columns that have a range, and maps it to [-1, 1]; others stay as they are."""
+    """Clips columns that have a range and scales them to [-1, 1]; others are unchanged."""
     if not any(ranges):
         return values
     scaled = values.copy()
@@ -206,7 +206,7 @@ def units(values: np.ndarray, ranges: Sequence[Range | None]) -> np.ndarray:
 
 
 def scales(ranges: Sequence[Range | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Middle and half width of each range, with which values come back from :func:`units`."""
+    """Middle and half width of each range, which invert :func:`units`."""
     pairs = [(0.0, 1.0) if r is None else ((r[0] + r[1]) / 2, (r[1] - r[0]) / 2) for r in ranges]
     middles, halves = np.array(pairs).T
     return middles, halves
@@ -219,12 +219,12 @@ def check_range(name: str, bounds: Range | None) -> None:
 
 
 def need_ranges(question: str, columns: Sequence[str], ranges: Sequence[Range | None]) -> None:
-    """Raises if a column has no range, without which noise has no scale."""
+    """Raises ValueError if a column has no range, without which the scale of the noise is undefined."""
     missing = [column for column, bounds in zip(columns, ranges, strict=True) if bounds is None]
     if missing:
         raise ValueError(
-            f"{question} of {', '.join(map(repr, missing))} has no declared range, so one row could change it without "
-            "bound. Declare the smallest and largest value from public knowledge: range=(low, high), or "
+            f"{question} of {', '.join(map(repr, missing))} has no declared range, so the influence of one row is "
+            "unbounded. Declare the smallest and largest value from public knowledge: range=(low, high), or "
             f"--range {missing[0]}=LOW,HIGH."
         )
 

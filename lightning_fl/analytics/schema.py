@@ -19,17 +19,17 @@ from lightning_fl.communication import Group, LocalGroup, Message
 from lightning_fl.datamodules.table_schema import MAX_CATEGORIES, MAX_CLASSES, TableSchema, Task, is_number
 
 UNIT_FACTOR = 3.0
-"""Medians that are further apart than this, of values that hardly overlap, are told as different units."""
+"""Medians that differ by more than this factor, of values that hardly overlap, are reported as different units."""
 QUARTILES = (0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
 class FederatedSchema:
-    """A schema for all silos, and in what they differ.
+    """A schema for all silos, and the differences between them.
 
     Args:
-        schema: What every silo gives its ``TabularDataModule``.
-        notes: Differences with which they can train, one line each, which names the client.
+        schema: The schema that every silo gives its ``TabularDataModule``.
+        notes: Differences that do not prevent training, one line each, which names the client.
     """
 
     schema: TableSchema
@@ -49,24 +49,24 @@ def federated_schema(
 ) -> FederatedSchema:
     """Agrees on columns, categories, classes and scaling; each rank of a federation must call it.
 
-    Clients tell each other their columns' names and kinds, and, unless a secure sum hides them, the categories and
-    quartiles of their columns. Means and deviations are sums over all their rows, so keep rows for testing in other
-    files.
+    Clients exchange the names and kinds of their columns and, except under secure aggregation, the categories and
+    quartiles of their columns. Means and deviations are computed over all rows, so keep test rows in other files.
 
     Args:
         data: The rows, as for :func:`analyze`.
         target: The column to predict.
         client: The column that names the client of a row.
         group: The ranks of the federation. None: this process.
-        aggregator: How sums are made, as for :func:`analyze`.
+        aggregator: Computes the sums, as for :func:`analyze`.
         drop: Columns to leave out.
         task: As for ``TabularDataModule``.
-        categories: The values of text columns and of the target's classes, if they are public. A secure sum needs them.
-        min_count: A client names no category that fewer of its rows have, and no quartiles of fewer rows.
+        categories: The values of text columns and of the target's classes, if they are public. Required for secure
+            aggregation.
+        min_count: A client reveals no category that fewer of its rows have, and no quartiles of fewer rows.
 
     Raises:
-        ValueError: On every rank, if clients lack a column, have it misspelt or as text instead of numbers. The message
-            names each client and what it lacks.
+        ValueError: On every rank, if clients lack a column, misspell it, or have text instead of numbers. The message
+            names each client and its fault.
     """
     group, declared = group or LocalGroup(), dict(categories or {})
     tables, *_ = clients_of(data, client, group)
@@ -95,11 +95,11 @@ def federated_schema(
     for column, answer in zip(text, answers[len(numeric) :], strict=True):
         listed[column] = [value for value, count in answer.parts.items() if not getattr(count, "withheld", "")]
         if len(answer.parts) > len(listed[column]) or any(client[column].get("rare") for client in found.values()):
-            notes.append(f"values of {column!r} that too few rows of every client have are left out, if there are any")
+            notes.append(f"values of {column!r} that too few rows of every client have, if any, are left out")
     if values[target] and any(client[target].get("rare") for client in found.values()):
         notes.append(
-            f"classes of {target!r} that too few rows of every client have are left out, if there are any: name "
-            "them in categories"
+            f"classes of {target!r} that too few rows of every client have, if any, are left out: name them in "
+            "categories"
         )
     notes += _missing_categories(found, listed, min_count) + _units(found, numeric)
     schema = TableSchema(target, scaling, listed, _classes(values[target], kinds[target], target, task), origin="data")
@@ -109,7 +109,7 @@ def federated_schema(
 def _describe(
     table: Any, target: str, left_out: set[str | None], declared: Mapping[str, Any], hidden: bool, min_count: int
 ) -> dict[str, Any]:
-    """What a client tells of its columns."""
+    """A client's description of its columns."""
     told: dict[str, Any] = {}
     for column in table.columns:
         if column in left_out:
@@ -126,7 +126,7 @@ def _describe(
             counts = Counter(label for label in labels(table, column) if label is not None)
             different = by_value([label for label, count in counts.items() if count >= min_count])
             limit = MAX_CATEGORIES if kind == "text" else MAX_CLASSES
-            # The values of a number to predict are each a person's own.
+            # The values of a numeric target identify single rows.
             told[str(column)]["values"] = different if len(counts) <= limit else None
             told[str(column)]["rare"] = len(different) < len(counts)
         elif kind == "number":
@@ -140,7 +140,7 @@ def _compare_columns(found: Mapping[str, Mapping[str, Any]], target: str) -> tup
     """The columns of most clients, in the order of the first, and harmless differences.
 
     Raises:
-        ValueError: If a client differs in a way with which it can't train.
+        ValueError: If a client differs in a way that prevents training.
     """
     counts = Counter(column for client in found.values() for column in client)
     agreed = {column for column, count in counts.items() if 2 * count > len(found)} | {target}
@@ -159,10 +159,10 @@ def _compare_columns(found: Mapping[str, Mapping[str, Any]], target: str) -> tup
             not in ("empty", kind := _kind([c[column]["kind"] for c in found.values() if column in c]))
         ]
         if extra and not agreed - told.keys():
-            notes.append(f"{client} has columns of its own, which are not used: {', '.join(extra)}")
+            notes.append(f"{client} has additional columns, which are not used: {', '.join(extra)}")
         order = [column for column in told if column in agreed]
         if order != [column for column in columns if column in told]:
-            notes.append(f"{client} has its columns in another order, which changes nothing: they are read by name")
+            notes.append(f"{client} has its columns in another order, which has no effect: they are read by name")
     if errors:
         raise ValueError("The clients can't train on these tables together:\n  " + "\n  ".join(errors))
     return columns, notes
@@ -174,7 +174,7 @@ def _kind(kinds: Sequence[str]) -> str:
 
 
 def _union(found: Mapping[str, Mapping[str, Any]], column: str, declared: Mapping[str, Sequence[str]]) -> list[str]:
-    """The values that the clients name, or those declared; none for a number with many."""
+    """The declared values, or those that the clients name; none for a numeric column with many values."""
     if column in declared:
         return [str(value) for value in declared[column]]
     named = [client[column].get("values", []) for client in found.values() if client[column]["kind"] != "empty"]
@@ -193,8 +193,8 @@ def _classes(values: Sequence[str], kind: str, target: str, task: Task) -> list[
         return None
     if len(values) < 2:
         raise ValueError(
-            f"The target {target!r} has {len(values)} classes that are known. Give its values as categories, or "
-            "task='regression' for a number."
+            f"The target {target!r} has {len(values)} known classes; expected at least 2. Give its values in "
+            "categories, or task='regression' for a number."
         )
     if kind == "bool":
         return [value == "True" for value in values]
@@ -215,19 +215,19 @@ def _missing_categories(
 
 
 def _units(found: Mapping[str, Mapping[str, Any]], numeric: Sequence[str]) -> list[str]:
-    """Columns that a client seems to measure in another unit: its quartiles are those of others times a factor."""
+    """Notes on columns that a client seems to measure in another unit: its quartiles are a multiple of the others'."""
     notes = []
     for column in numeric:
         told = {client: info[column]["quartiles"] for client, info in found.items() if "quartiles" in info[column]}
         for client, own in told.items():
             others = [quartiles for other, quartiles in told.items() if other != client]
             far = [quartiles for quartiles in others if _is_another_unit(own, quartiles)]
-            # With a few in another unit, these are the ones to tell, not those from whom they differ.
+            # If a few clients use another unit, report these, not those from which they differ.
             if 2 * len(far) > len(others):
                 theirs = sorted(quartiles[1] for quartiles in far)[len(far) // 2]
                 notes.append(
                     f"{client} has {column!r} about {own[1] / theirs:.3g} times as large as others (median "
-                    f"{own[1]:.4g}, theirs {theirs:.4g}). Is it measured in another unit?"
+                    f"{own[1]:.4g}, theirs {theirs:.4g}). Check its unit."
                 )
     return notes
 

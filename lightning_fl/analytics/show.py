@@ -1,4 +1,4 @@
-"""Answers for people to read."""
+"""Formats answers for the terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_NUMBERS = 8
 
 
 def as_table(analysis: Analysis) -> Table:
-    """The answers as a table, one row for each figure."""
+    """The answers as a table, one row per figure."""
     clients, sums = analysis.num_clients, analysis.num_steps
     table = Table(title=f"Answers of {clients} client{'s' * (clients != 1)}, by {sums} sum{'s' * (sums != 1)}")
     for name in ("question", "of", "rows", "figure", "answer"):
@@ -45,7 +45,7 @@ def _rows(answer: Answer, of: str = "all") -> Iterator[tuple[str, str, str, str]
 
 
 def number(value: Any) -> str:
-    """A figure, a list or a record in few characters."""
+    """A short string for a number, a list or a record."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {number(item)}" for name, item in value.items())
     if isinstance(value, list | tuple):

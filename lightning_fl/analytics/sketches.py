@@ -1,4 +1,4 @@
-"""Questions about ids and words: how many there are, which are frequent, which all clients have."""
+"""Questions about ids and words: their number, the frequent ones, and those that all clients have."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ END = "$"
 
 
 def trie_parameters(n: int, epsilon: float, delta: float, length: int) -> tuple[int, int]:
-    r"""The votes that a prefix needs, and the votes of a step, of :class:`HeavyHitters`.
+    r"""The threshold :math:`\theta` and the number of votes per step :math:`m` of :class:`HeavyHitters`.
 
     :math:`\theta` is the smallest with :math:`(\theta - 2) / ((\theta - 1) \, \theta!) \le \delta`, and
     :math:`m = \lfloor n (1 - e^{-\epsilon / L}) / \theta \rfloor`.
@@ -28,7 +28,7 @@ def trie_parameters(n: int, epsilon: float, delta: float, length: int) -> tuple[
         n: Number of rows.
         epsilon: The privacy of all steps together.
         delta: Its delta.
-        length: Number of steps :math:`L`, the longest word with its end.
+        length: Number of steps :math:`L`, the length of the longest word including its end symbol.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -45,19 +45,20 @@ def trie_parameters(n: int, epsilon: float, delta: float, length: int) -> tuple[
 class HeavyHitters(Question):
     r"""The words that many rows hold, found letter by letter with (epsilon, delta) differential privacy: TrieHH.
 
-    In step :math:`l` each row is drawn with probability :math:`m / n`, by the operating system's randomness, and votes
-    for the first :math:`l` letters of its word if the letters before were chosen. Prefixes with :math:`\theta` votes
-    are chosen. The paper draws exactly :math:`m` rows. Drawing each by itself has the same bounds: for a word in
-    :math:`k \le n / m` rows the votes reach :math:`\theta` with a binomial tail below the paper's :math:`\delta`, and
-    for others one row changes the tail by at most :math:`1 + \theta / (k - \theta)`.
+    In step :math:`l` each row is sampled with probability :math:`m / n`, with the operating system's randomness, and
+    votes for the first :math:`l` letters of its word if the prefix of :math:`l - 1` letters was chosen before. Prefixes
+    with :math:`\theta` votes are chosen. The paper samples exactly :math:`m` rows. Sampling each row independently has
+    the same bounds: for a word in :math:`k \le n / m` rows the votes reach :math:`\theta` with a binomial tail below
+    the paper's :math:`\delta`, and for others one row changes the tail by a factor of at most
+    :math:`1 + \theta / (k - \theta)`.
 
     Args:
-        column: The column of words. Letters that are not in the alphabet do not count, and words are cut.
-        epsilon: The privacy of all steps together. Default 4.
+        column: The column of words. Letters outside the alphabet are removed, and long words are cut.
+        epsilon: The epsilon of all steps together. Default 4.
         delta: Its delta. Default 1e-9.
-        length: The longest word. Default 10.
-        alphabet: The letters. Default a to z and 0 to 9.
-        insecure_test_seed: Makes the draws repeat, for tests. The answer is then NOT PRIVATE.
+        length: Length of the longest word. Default 10.
+        alphabet: The letters. Default: a to z and 0 to 9.
+        insecure_test_seed: Makes the sampling reproducible, for tests. The answer is then NOT PRIVATE.
 
     Reference:
         Zhu et al., "Federated Heavy Hitters Discovery with Differential Privacy", AISTATS 2020.
@@ -100,7 +101,7 @@ class HeavyHitters(Question):
 
     def step(self, total: Tree, state: Any) -> Any:
         if state["n"] is None:
-            # The number of rows is public in the paper too; it sets the rate of the draws.
+            # The number of rows is public in the paper too; it sets the sampling rate.
             n = float(total["n"])
             if not n:
                 return Answer(0.0)
@@ -130,14 +131,14 @@ class HeavyHitters(Question):
 
 @dataclass(frozen=True)
 class Cardinality(Question):
-    r"""About how many different values a column has, with a standard error of :math:`1.04 / \sqrt{2^p}`: HyperLogLog.
+    r"""HyperLogLog: the approximate number of distinct values, with a relative error of :math:`1.04 / \sqrt{2^p}`.
 
-    Whoever sees the sketch can test whether it may hold a value, so it is not for secure aggregation or privacy.
+    The sketch allows testing whether it may contain a value, so it is not for secure aggregation or privacy.
 
     Args:
         column: The column.
         precision: :math:`p`, from 4 to 14. Default 12, an error of 1.6%.
-        salt: Text that is hashed with each value.
+        salt: A string that is hashed with each value.
 
     Reference:
         Flajolet et al., "HyperLogLog", 2007; small counts by linear counting.
@@ -153,7 +154,7 @@ class Cardinality(Question):
 
     def check_sums(self) -> None:
         raise ValueError(
-            "Cardinality's sketch tells whoever sees it which values a client may hold, and a sum hides nothing of it. "
+            "Cardinality's sketch reveals which values a client may hold, and summing sketches does not hide it. "
             "Ask without secure aggregation, or use fl.vertical.psi(..., cardinality_only=True)."
         )
 
@@ -180,9 +181,9 @@ class Cardinality(Question):
 
 @dataclass(frozen=True)
 class Intersection(Question):
-    """How many values of a column all clients have.
+    """The number of values of a column that all clients have.
 
-    The clients name their values to each other. Where they may not, use ``fl.vertical.psi``.
+    The clients reveal their values to each other. If that is not allowed, use ``fl.vertical.psi``.
 
     Args:
         column: The column.

@@ -1,4 +1,4 @@
-"""What answers about some rows have cost so far, over questions and over calls."""
+"""The privacy that answers about the same rows have cost so far, over all questions and calls."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ FORMAT = 1
 
 @dataclass
 class Spent:
-    """What earlier questions about the same rows have cost, and how they have divided them.
+    """The privacy cost of earlier questions about the same rows, and how they divided the rows.
 
     Args:
-        releases: The sums that were shown; those without noise have a noise multiplier of 0.
+        releases: The released sums; those without noise have a noise multiplier of 0.
         own: Epsilon and delta of each question that is private by itself.
-        cuts: How each column was divided.
-        path: The file that holds all of it. None: it is not kept.
+        cuts: The values or edges by which each column was divided.
+        path: The file of this record. None: it is not saved.
     """
 
     releases: Ledger = field(default_factory=Ledger)
@@ -34,10 +34,10 @@ class Spent:
 
     @classmethod
     def of(cls, ledger: Ledger | str | Path | None) -> Spent:
-        """What a ledger holds, or a file, which need not exist yet.
+        """Reads a ledger, or a file, which need not exist yet.
 
         Raises:
-            ValueError: If the file holds something else.
+            ValueError: If the file has another format.
         """
         if isinstance(ledger, Ledger) or ledger is None:
             return cls((ledger or Ledger()) + Ledger())
@@ -56,10 +56,10 @@ class Spent:
         return found
 
     def save(self) -> None:
-        """Writes the file, whole or not at all.
+        """Writes the file atomically.
 
         Raises:
-            ValueError: If another analysis has written it meanwhile, whose releases would be lost.
+            ValueError: If another analysis has written it meanwhile, because its releases would be lost.
         """
         if self.path is None:
             return
@@ -77,10 +77,10 @@ class Spent:
         flush_folder(self.path.parent)  # what was spent must not be forgotten once the answer is known
 
     def divide(self, cuts: Mapping[str, tuple[Any, ...]]) -> None:
-        """Notes how a question divides columns.
+        """Records how a question divides columns.
 
         Raises:
-            ValueError: If a column was divided in another way before: the difference may be a few rows.
+            ValueError: If a column was divided differently before, since the difference may reveal a few rows.
         """
         for column, values in cuts.items():
             found = tuple(map(str, values))
@@ -88,7 +88,7 @@ class Spent:
             if set(before) != set(found):
                 raise ValueError(
                     f"Two questions divide the column {column!r} in different ways, {before[:5]} and {found[:5]}; "
-                    "subtracting their answers could tell of a few rows. Divide it in one way."
+                    "the difference of their answers could reveal a few rows. Divide it in one way only."
                 )
 
     def record(self, event: Gaussian, count: int, writes: bool = True) -> None:
@@ -96,7 +96,7 @@ class Spent:
 
         Args:
             event: The release.
-            count: How many there are.
+            count: Number of such releases.
             writes: Whether this process writes the file.
         """
         if count:
@@ -105,10 +105,10 @@ class Spent:
             self.save()
 
     def epsilon(self, delta: float) -> tuple[float, float]:
-        """Epsilon and delta of everything; infinite if a sum was shown without noise.
+        """Epsilon and delta of all releases and questions; infinite if a sum was released without noise.
 
         Args:
-            delta: The delta at which to answer for the releases.
+            delta: The delta at which epsilon is computed for the releases.
         """
         noise = float(self.releases.epsilon(delta)) if list(self.releases) else 0.0
         return noise + sum(epsilon for epsilon, _ in self.own), delta + sum(own for _, own in self.own)

@@ -1,4 +1,4 @@
-"""A question asked of each group of rows by itself, and the t-test of two groups."""
+"""A question asked separately for each group of rows, and the t-test of two groups."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_fl.types import Tree
 
 @dataclass(frozen=True)
 class By(Question):
-    """A question asked of the rows of each value of a column.
+    """A question asked separately for the rows of each value of a column.
 
     Args:
         question: The question.
         column: The column that names the group of a row.
-        values: Its values. Empty: those that the clients name, which secure aggregation and privacy do not allow.
+        values: Its values. Empty: learned from the clients, which secure aggregation and privacy do not allow.
     """
 
     question: Question
@@ -49,7 +49,7 @@ class By(Question):
         return {self.column: self.values, **self.question.cuts}
 
     def start(self) -> Any:
-        # One more for the rows of no group, which are not shown: whether they are few matters.
+        # One more for the rows of no group, which are not shown but whose number must not be too small.
         return {"states": [self.question.start() for _ in (*self.values, OTHER)]}
 
     def local(self, table: Any, state: Any) -> Tree:
@@ -93,9 +93,9 @@ class TTest(Question):
     Args:
         column: The column whose means are compared.
         by: The column that names the group of a row.
-        groups: Its two values. Empty: those that the clients name.
-        equal_var: Pools the variances, as Student's test does. Default False: Welch's.
-        range: The smallest and largest value. Differential privacy needs it.
+        groups: Its two values. Empty: learned from the clients.
+        equal_var: Whether to pool the variances (Student's test). Default False: Welch's test.
+        range: The smallest and largest value. Required for differential privacy.
     """
 
     column: str
@@ -137,7 +137,7 @@ class TTest(Question):
         if not isinstance(found, Answer):
             return found
         first, second = found.parts.values()
-        counts = found.counts  # with the rows of neither group, of which the mean of all rows would tell
+        counts = found.counts  # including the rows of neither group, which the mean of all rows would reveal
         n = first.n + second.n
         variances = first.values["variance"], second.values["variance"]
         if min(first.n, second.n) < 2 or not sum(variances) > 0:

@@ -1,4 +1,4 @@
-"""Times until an event, some of which are only known to be longer: Kaplan-Meier, log-rank, Cox."""
+"""Survival analysis of times until an event, with censoring: Kaplan-Meier, log-rank test, Cox regression."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TOLERANCE = 1e-10
 def _check_grid(grid: Sequence[float]) -> None:
     values = [float(time) for time in grid]
     if any(b <= a for a, b in pairwise(values)):
-        raise ValueError(f"The grid of times must increase; found {values[:5]}...")
+        raise ValueError(f"The times of the grid must increase; found {values[:5]}...")
 
 
 def _times(
     table: Any, time: str, status: str, event: float, grid: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, ...]:
-    """The place of each row's time in the grid, whether it ended in an event, and which rows have both."""
+    """The index of each row's time in the grid, whether it ended in an event, and which rows have both values."""
     values = numbers(table, time, status)
     known = ~np.isnan(values).any(1)
     places = np.searchsorted(np.asarray(grid, dtype=np.float64), values[known, 0], side="left")
@@ -36,7 +36,7 @@ def _times(
 
 
 class _OnGrid(Question):
-    """A question whose times are those of a grid; the clients name their own if none was declared."""
+    """A question about times on a grid; if none is declared, the grid is learned from the clients' times."""
 
     @property
     def individual(self) -> frozenset[str]:
@@ -47,18 +47,18 @@ class _OnGrid(Question):
 
 
 def _fewest(events: float, n: float) -> float:
-    """The smaller of the rows with an event and those without, of which an answer tells both."""
+    """The smaller of the numbers of rows with and without an event, both of which an answer reveals."""
     return min((count for count in (events, n - events) if count > 0), default=0.0)
 
 
 def _counted(places: np.ndarray, events: np.ndarray, size: int) -> np.ndarray:
-    """Events and other endings at each time, ``[2, size]``; what is after the last time is neither, but at risk."""
+    """Events and censorings at each time, ``[2, size]``; rows after the last time are at risk but not counted."""
     return np.stack([np.bincount(places[chosen], minlength=size)[:size] for chosen in (events, ~events)])
 
 
 @dataclass(frozen=True)
 class KaplanMeier(_OnGrid):
-    r"""The share of rows without an event until each time, with Greenwood's standard error.
+    r"""The Kaplan-Meier estimate: the share of rows without an event until each time, with Greenwood's standard error.
 
     .. math::
         S(t) = \prod_{t_j \le t} \Bigl(1 - \frac{d_j}{n_j}\Bigr), \qquad
@@ -66,12 +66,12 @@ class KaplanMeier(_OnGrid):
 
     Args:
         time: The column of times.
-        status: The column that says how a time ended.
+        status: The column that says whether a time ended in an event or was censored.
         event: The status of an event; all others are censored. Default 1.
-        grid: Increasing times at which endings are counted; a time in between counts at the next one. Empty: all times
-            that the clients name, which secure aggregation and privacy do not allow. The curve is in the answer only
-            if a grid was declared and no step of it is a few people.
-        at: Times at which the share is wanted. The answer is withheld if few people leave between two of them.
+        grid: Increasing times at which events and censorings are counted; a time in between counts at the next one.
+            Empty: all times of the clients, which secure aggregation and privacy do not allow. The answer contains the
+            curve only if a grid was declared and no step of the curve is due to only a few rows.
+        at: Times at which to return the share. The answer is withheld if only a few rows end between two of them.
 
     Reference:
         Kaplan and Meier, "Nonparametric Estimation from Incomplete Observations", JASA 1958.
@@ -113,7 +113,7 @@ class KaplanMeier(_OnGrid):
             share, se = (1.0, 0.0) if place < 0 else (float(survival[place]), float(error[place]))
             values[f"S({time:g})"] = {"share": share, "se": se}
         leaving = events + censored
-        # Shares at two times tell how many had an event between them.
+        # The shares at two times reveal the number of events between them.
         between = np.zeros(len(self.at) + 1)
         np.add.at(between, np.searchsorted(np.sort(self.at), grid, side="left"), leaving)
         between[-1] += later
@@ -130,7 +130,7 @@ class KaplanMeier(_OnGrid):
 def _product_limit(events: np.ndarray, censored: np.ndarray, later: float) -> tuple[np.ndarray, np.ndarray]:
     leaving = events + censored
     at_risk = leaving[::-1].cumsum()[::-1] + later
-    # Noise may bring counts below zero or above the rows at risk.
+    # Noise may move counts below zero or above the rows at risk.
     rate = np.divide(events, at_risk, out=np.zeros_like(events), where=at_risk > 0).clip(0, 1)
     survival = np.cumprod(1 - rate)
     terms = np.divide(events, at_risk * (at_risk - events), out=np.zeros_like(events), where=at_risk > events)
@@ -150,10 +150,10 @@ class LogRank(_OnGrid):
 
     Args:
         time: The column of times.
-        status: The column that says how a time ended.
+        status: The column that says whether a time ended in an event or was censored.
         by: The column that names the group of a row.
         event: The status of an event. Default 1.
-        groups: The values of ``by``. Empty: those that the clients name.
+        groups: The values of ``by``. Empty: learned from the clients.
         grid: Times as for :class:`KaplanMeier`.
 
     Reference:
@@ -202,11 +202,11 @@ class LogRank(_OnGrid):
         )
         variance = np.diag((share * spread).sum(1)) - (share * spread) @ share.T
         difference, named = (observed - expected)[:-1], dict(zip(map(str, self.groups), rows.tolist(), strict=True))
-        # Events of all rows less those of the groups would be those of the rows in none.
+        # The events of all rows minus those of the groups would reveal those of rows in no group.
         named_and_others = {**named, OTHER: float(total["other"])}
         df = len(self.groups) - 1
         if df < 1 or np.linalg.matrix_rank(variance[:-1, :-1]) < df:
-            return Answer(float(rows.sum()), withheld="there are no events to compare, or an empty group")
+            return Answer(float(rows.sum()), withheld="there are no events to compare, or a group is empty")
         statistic = float(difference @ np.linalg.solve(variance[:-1, :-1], difference))
         values = {
             "chi2": statistic,
@@ -224,16 +224,16 @@ class LogRank(_OnGrid):
 
 @dataclass(frozen=True)
 class Cox(_OnGrid):
-    r"""Cox's proportional hazards: the coefficients that maximise the partial likelihood, by Newton's method.
+    r"""Cox's proportional hazards model: the coefficients that maximise the partial likelihood, by Newton's method.
 
-    Each step sums :math:`\sum e^{x \beta}`, its first two derivatives over the rows at risk at each time and over the
-    events there, so the answer is that of the pooled rows.
+    Each step sums :math:`\sum e^{x \beta}` and its first two derivatives, over the rows at risk at each time and over
+    the events at that time, so the answer is that of the pooled rows.
 
     Args:
         time: The column of times.
-        status: The column that says how a time ended.
-        covariates: The columns of :math:`x`; rows that lack one do not count.
-        ties: ``"efron"`` or ``"breslow"``. Default Efron's.
+        status: The column that says whether a time ended in an event or was censored.
+        covariates: The columns of :math:`x`; rows with a missing value are ignored.
+        ties: The treatment of ties, ``"efron"`` or ``"breslow"``. Default ``"efron"``.
         event: The status of an event. Default 1.
         grid: Times as for :class:`KaplanMeier`.
 
@@ -270,7 +270,7 @@ class Cox(_OnGrid):
         x, places, events = x[full], places[full], events[full]
         if state["centre"] is None:
             return tree(n=len(x), sum=x.sum(0), events=events.sum(), other=len(full) - len(x))
-        # Around the mean, so that the exponents are small; the coefficients do not depend on it.
+        # Centred, so that the exponents are small; the coefficients do not depend on it.
         x = x - np.asarray(state["centre"])
         size, width = len(self.grid) + 1, len(self.covariates)
         weight = np.exp(x @ np.asarray(state["beta"]))
@@ -287,7 +287,7 @@ class Cox(_OnGrid):
         if state["centre"] is None:
             n, events = float(total["n"]), float(total["events"])
             if not events:
-                return Answer(n, withheld="there are no events, so no hazard")
+                return Answer(n, withheld="there are no events")
             return {
                 **state,
                 "n": n,
@@ -298,7 +298,7 @@ class Cox(_OnGrid):
         beta, width = np.asarray(state["beta"]), len(self.covariates)
         gradient, information = np.zeros(width), np.zeros((width, width))
         at_risk = array(total["sums"])[::-1].cumsum(0)[::-1]
-        # What is after the last time of the grid is at risk and has no event that counts.
+        # Rows after the last time of the grid are at risk and have no event that counts.
         for risk, tied, (num_events, *x) in zip(
             at_risk[:-1], array(total["of_events"])[:-1], array(total["x_of_events"])[:-1], strict=True
         ):
@@ -311,13 +311,13 @@ class Cox(_OnGrid):
                 information += left[width + 1 :].reshape(width, width) / left[0] - np.outer(mean, mean)
         n = state["n"]
         if np.linalg.matrix_rank(information) < width:
-            return Answer(n, withheld="the covariates are constant or depend on each other; leave some out")
+            return Answer(n, withheld="the covariates are constant or linearly dependent; leave some out")
         change = np.linalg.solve(information, gradient)
         if np.abs(change).max() < TOLERANCE:
             return self._answer(n, state, beta + change, information)
         if state["iteration"] == MAX_ITERATIONS or not np.isfinite(change).all():
             return Answer(
-                n, withheld=f"no maximum was found in {MAX_ITERATIONS} steps; is a covariate one with events?"
+                n, withheld=f"no maximum was found in {MAX_ITERATIONS} steps; a covariate may predict events perfectly"
             )
         return {**state, "beta": (beta + change).tolist(), "iteration": state["iteration"] + 1}
 
@@ -327,7 +327,7 @@ class Cox(_OnGrid):
         for column, coefficient, error in zip(self.covariates, beta.tolist(), errors.tolist(), strict=True):
             p = chi2_p((coefficient / error) ** 2, 1)
             values[column] = {"coef": coefficient, "se": error, "hazard ratio": math.exp(coefficient), "p": p}
-        # Events of all rows less these would be those of the rows that lack a covariate.
+        # The events of all rows minus these would reveal those of rows with a missing covariate.
         events = state["events"]
         counts = {"events": events, OTHER: state["other"]}
         return Answer(n, values, {"events": events}, counts, _fewest(events, n))

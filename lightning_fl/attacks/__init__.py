@@ -1,4 +1,4 @@
-"""What attackers may do to a federation: ``FederatedStrategy(adversary=fl.attacks.Adversary(...))`` simulates it."""
+"""Simulated attacks on a federation: ``FederatedStrategy(adversary=fl.attacks.Adversary(...))``."""
 
 from lightning_fl.attacks.adversary import Adversary
 from lightning_fl.attacks.attack import Attack, CollusionAttack, DataAttack, HonestUpdates, UpdateAttack

@@ -1,4 +1,4 @@
-"""The adversary of a simulation: who attacks, how, and from which round on."""
+"""The adversary of a simulation: which clients attack, how, and from which round on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from lightning_fl.types import Aggregate, ClientId, State, Update
 class Adversary(Corruption):
     """Lets some clients of a simulation attack: ``FederatedStrategy(adversary=Adversary(ALIE()))``.
 
-    Attackers train as everybody does. What they send is changed after all transforms, because an attacker skips
-    clipping. The loggers get the number of attackers in the cohort, ``fl/attackers``, and the share of the weights that
-    fell to them, ``fl/attack_share``, where the aggregator has weights. Each rank keeps the updates of its clients.
+    Attackers train like the others. Their updates are changed after all transforms, because an attacker would skip
+    clipping. The loggers get the number of attackers in the cohort, ``fl/attackers``, and their share of the weights,
+    ``fl/attack_share``, if the aggregator has weights. Each rank keeps the updates of its clients in memory.
 
     Args:
-        attack: What the attackers do.
-        clients: Who they are: a share of the clients, drawn by the seed; a number of clients; or their ids.
+        attack: The attack.
+        clients: The attackers: a share of the clients or a number of clients, drawn by the seed; or their ids. Default
+            0.2.
         start: The first round in which they attack, from 0. Default 0.
 
     Raises:
@@ -43,7 +44,7 @@ class Adversary(Corruption):
             raise ValueError(f"clients={clients!r} must be a share from 0 to 1, a number of clients, or their ids.")
         if start < 0 or (start and isinstance(attack, DataAttack)):
             raise ValueError(
-                f"start={start} must be at least 0, and 0 for an attack on data, which is read in each round."
+                f"start={start} must be at least 0, and 0 for an attack on data, which affects every round."
             )
         self.attack = attack
         self.clients = clients
@@ -56,7 +57,7 @@ class Adversary(Corruption):
         """The attackers among all clients.
 
         Raises:
-            ValueError: If one that was named is no client, or there are more than clients.
+            ValueError: If a named attacker is not a client, or there are more attackers than clients.
         """
         if isinstance(self.clients, Sequence):
             unknown = [client for client in self.clients if client not in clients]
@@ -65,7 +66,7 @@ class Adversary(Corruption):
             return frozenset(self.clients)
         number = self.clients if isinstance(self.clients, int) else int(self.clients * len(clients) + 1e-9)
         if not 0 <= number <= len(clients):
-            raise ValueError(f"The adversary has {number} attackers, and there are {len(clients)} clients.")
+            raise ValueError(f"The adversary has {number} attackers, but there are only {len(clients)} clients.")
         ids = sorted(clients, key=lambda client: (isinstance(client, str), client))
         order = round_rng(seed, 0, "attackers").permutation(len(ids))
         return frozenset(ids[place] for place in order[:number])
@@ -94,11 +95,11 @@ class Received:
 
     Args:
         session: The inner aggregator's session, and the attackers.
-        template: An update of the form of all.
-        device: Where the updates are.
-        updates: This rank's updates by client, in the order in which they came.
+        template: An update with the names and shapes of all updates.
+        device: The device of the updates.
+        updates: This rank's updates by client, in the order of arrival.
         merged: The inner aggregator's accumulator after the merge.
-        facts: What to report.
+        facts: The entries of the report.
     """
 
     session: tuple[Any, frozenset[ClientId]]
@@ -110,7 +111,7 @@ class Received:
 
 
 class AttackedAggregator(Aggregator):
-    """An aggregator that receives what attackers make of their updates.
+    """An aggregator that applies the attacks to the attackers' updates and passes all to another aggregator.
 
     Args:
         adversary: The adversary.
@@ -123,8 +124,8 @@ class AttackedAggregator(Aggregator):
     def __init__(self, adversary: Adversary, inner: Aggregator) -> None:
         if inner.hides_reports:
             raise ValueError(
-                f"An adversary changes updates that {type(inner).__name__} hides, so what it could do is not what it "
-                "would do here. Simulate attacks without secure aggregation."
+                f"An adversary reads and changes updates, which {type(inner).__name__} hides, so the simulated attack "
+                "would not be realistic. Simulate attacks without secure aggregation."
             )
         self.adversary = adversary
         self.inner = inner
@@ -159,7 +160,7 @@ class AttackedAggregator(Aggregator):
 
     def add(self, acc: Received, update: Update, ctx: RoundContext) -> Received:
         assert ctx.client is not None
-        # A copy, since the engine may use the memory again.
+        # A copy, since the engine may reuse the memory.
         own = replace(update.map(torch.clone), weight=update.weight)
         return replace(acc, updates={**acc.updates, ctx.client: own})
 
@@ -175,7 +176,7 @@ class AttackedAggregator(Aggregator):
             if is_finite(leaves(update_trees(update))):
                 inner = self.inner.add(inner, update, replace(ctx, client=client))
             else:
-                # As if it had been sent like this.
+                # Passed on as if the client had sent it like this.
                 refused.append(client)
         weight = sum(update.weight for client, update in updates.items() if client in attackers)
         own = Message({**report.fields, "refused": refused, "attack_weight": weight}, report.tensors)

@@ -1,4 +1,4 @@
-"""What an attack changes: a client's data, its own update, or the updates of all attackers together."""
+"""Interfaces of attacks on a client's data, on its own update, or on the updates of all attackers together."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
@@ -19,15 +19,15 @@ from lightning_fl.types import ClientId, Update
 
 
 class Attack(ABC):
-    """What attackers do; see :class:`DataAttack`, :class:`UpdateAttack` and :class:`CollusionAttack`."""
+    """Base class of attacks; see :class:`DataAttack`, :class:`UpdateAttack` and :class:`CollusionAttack`."""
 
 
 class DataAttack(Attack):
-    """Poisons the training data of the attackers, who then train as everybody does."""
+    """Poisons the training data of the attackers, who then train like the others."""
 
     @abstractmethod
     def poison(self, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Returns what becomes of an example.
+        """Returns the example as the attacker trains on it, poisoned or unchanged.
 
         Args:
             x: Its input.
@@ -36,7 +36,7 @@ class DataAttack(Attack):
         """
 
     def poison_loader(self, loader: DataLoader, client: ClientId, seed: int) -> DataLoader:
-        """The loader of a client, over poisoned examples.
+        """The loader of a client over poisoned examples.
 
         Raises:
             ValueError: If its data set can't be indexed.
@@ -44,14 +44,14 @@ class DataAttack(Attack):
         dataset = getattr(loader, "dataset", None)
         if not isinstance(loader, DataLoader) or dataset is None or isinstance(dataset, IterableDataset):
             raise ValueError(
-                f"{type(self).__name__} poisons examples, and the loader of client {client!r} is a "
+                f"{type(self).__name__} poisons examples, but the loader of client {client!r} is a "
                 f"{type(loader).__name__} whose data set can't be indexed. Use a DataLoader over a map-style data set."
             )
         return with_dataset(loader, PoisonedDataset(dataset, self, client, seed))
 
 
 class PoisonedDataset(Dataset[tuple[Tensor, Tensor]]):
-    """A data set of pairs ``(x, y)`` whose examples an attack has changed.
+    """A data set of pairs ``(x, y)`` whose examples an attack changes.
 
     Args:
         dataset: The client's data set.
@@ -80,12 +80,12 @@ class UpdateAttack(Attack):
 
     @abstractmethod
     def corrupt(self, update: Update, num_clients: int, num_attackers: int, generator: torch.Generator) -> Update:
-        """Returns what an attacker sends.
+        """Returns the attacker's update.
 
         Args:
-            update: What it would send if it were honest.
-            num_clients: Clients of the round.
-            num_attackers: How many of them are attackers.
+            update: The update that it would send if it were honest.
+            num_clients: Number of clients in the round.
+            num_attackers: Number of attackers among them.
             generator: Seeded by (seed, round, client).
         """
 
@@ -95,17 +95,17 @@ class CollusionAttack(Attack):
 
     @abstractmethod
     def craft(self, honest: "HonestUpdates", num_attackers: int) -> Flat:
-        """Returns what all attackers send: flat buffers by dtype."""
+        """Returns the change that all attackers send: flat buffers by dtype."""
 
 
 @dataclass(frozen=True)
 class HonestUpdates:
-    r"""The honest clients' changes :math:`u_i` of the parameters, of which each rank holds some.
+    r"""The honest clients' changes :math:`u_i` of the parameters, distributed over the ranks.
 
     Args:
         rows: This rank's rows.
         group: The ranks.
-        counts: How many rows each rank has.
+        counts: The number of rows of each rank.
     """
 
     rows: Rows
@@ -124,14 +124,14 @@ class HonestUpdates:
         return {dtype: self.group.all_reduce(self.own(dtype).sum(0)) / len(self) for dtype in self.rows.layout.dtypes}
 
     def std(self, mean: Flat) -> Flat:
-        r"""The standard deviation :math:`\sigma` of each coordinate, divided by the number of honest clients."""
+        r"""The standard deviation :math:`\sigma` of each coordinate, with the number of honest clients as divisor."""
         return {
             dtype: (self.group.all_reduce((self.own(dtype) - mean[dtype]).square().sum(0)) / len(self)).sqrt()
             for dtype in self.rows.layout.dtypes
         }
 
     def gram(self) -> Gram:
-        """The geometry of the rows, in the order of ranks."""
+        """The Gram matrix of the rows, in the order of ranks."""
         order = list(range(len(self)))
         gram = Gram.of((window.block for window in self.rows.windows(self.group, self.counts, order)), order)
         return gram.with_flat(self.group.all_reduce(gram.flat()))
@@ -152,7 +152,7 @@ class HonestUpdates:
         )
 
     def row(self, index: int) -> Flat:
-        """The row at a place in the order of ranks, on all ranks."""
+        """The row at an index in the order of ranks, on all ranks."""
         first = sum(self.counts[: self.group.rank])
         chosen = torch.zeros(len(self.rows), dtype=torch.float64)
         if first <= index < first + len(self.rows):
@@ -164,5 +164,5 @@ class HonestUpdates:
 
 
 def with_delta(update: Update, delta: Mapping[str, Tensor]) -> Update:
-    """The update with another change of the parameters, in the dtypes that it had."""
+    """The update with its change of the parameters replaced, in the original dtypes."""
     return replace(update, delta={name: delta[name].to(tensor.dtype) for name, tensor in update.delta.items()})

@@ -1,4 +1,4 @@
-"""Measures how often a backdoor opens."""
+"""Measures the success rate of a backdoor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from lightning_fl.attacks.data import Trigger
 
 
 class BackdoorSuccess(L.Callback):
-    """Logs ``backdoor_success``: the share of evaluation examples that the global model wrongly calls ``target``.
+    """Logs ``backdoor_success``: the share of evaluation examples that the global model classifies as ``target``.
 
-    Examples of the target's own class are left out. The module's ``forward`` has to give class scores.
+    Examples whose true class is ``target`` are left out. The module's ``forward`` has to return class scores.
 
     Args:
-        trigger: What marks each example first. None: nothing, for a semantic backdoor.
-        target: The attackers' class.
-        source: Only examples of this class count, as for a semantic backdoor. None: all.
+        trigger: The trigger that is applied to each example. None: none, for a semantic backdoor. Default:
+            :class:`Trigger` with its defaults.
+        target: The attackers' class. Default 0.
+        source: Only examples of this class are counted, for a semantic backdoor. Default None: all.
     """
 
     def __init__(self, trigger: Trigger | None = Trigger(), target: int = 0, source: int | None = None) -> None:  # noqa: B008

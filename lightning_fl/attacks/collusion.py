@@ -17,15 +17,16 @@ Direction = Literal["unit", "sign", "std"]
 
 @dataclass(frozen=True)
 class ALIE(CollusionAttack):
-    r"""A little is enough: all attackers send :math:`\mu - z \sigma`, just inside the spread of the honest updates.
+    r"""A little is enough: all attackers send :math:`\mu - z \sigma`, within the spread of the honest updates.
 
     .. math::
         z = \Phi^{-1}\Bigl(\frac{n - f - s}{n - f}\Bigr), \qquad s = \lfloor n / 2 \rfloor + 1 - f
 
-    with the mean and the standard deviation (divided by the number of updates) of the honest updates.
+    for :math:`n` clients with :math:`f` attackers; :math:`\mu` and :math:`\sigma` are the mean and the standard
+    deviation (with divisor :math:`n - f`) of the honest updates.
 
     Args:
-        z: How many standard deviations. None: as above.
+        z: The number :math:`z` of standard deviations. Default None: as above.
 
     Reference:
         Baruch et al., "A Little Is Enough: Circumventing Defenses For Distributed Learning", NeurIPS 2019.
@@ -40,15 +41,17 @@ class ALIE(CollusionAttack):
 
 
 def alie_z(num_clients: int, num_attackers: int) -> float:
-    """The number of standard deviations within which attackers hide.
+    r"""The number :math:`z` of standard deviations at which attackers stay unnoticed.
 
     Raises:
-        ValueError: If the attackers are more than half: they need not hide.
+        ValueError: If more than half of the clients are attackers, or there are fewer than 3 clients.
     """
     n, f = num_clients, num_attackers
     supporters = n // 2 + 1 - f
     if not 0 < supporters < n - f:
-        raise ValueError(f"ALIE hides {f} attackers among {n} clients; it needs fewer than half. Lower their number.")
+        raise ValueError(
+            f"ALIE got {f} attackers among {n} clients; expected at most half of at least 3. Lower their number."
+        )
     return NormalDist().inv_cdf((n - f - supporters) / (n - f))
 
 
@@ -56,7 +59,7 @@ def alie_z(num_clients: int, num_attackers: int) -> float:
 class IPM(CollusionAttack):
     r"""Inner-product manipulation: all attackers send :math:`-\epsilon \mu`, against the mean of the honest updates.
 
-    The mean of all turns round once :math:`\epsilon > (n - f) / f`.
+    The mean of all updates reverses its direction once :math:`\epsilon > (n - f) / f`.
 
     Args:
         epsilon: The factor :math:`\epsilon`. Default 1.
@@ -73,12 +76,12 @@ class IPM(CollusionAttack):
 
 @dataclass(frozen=True)
 class MinMax(CollusionAttack):
-    r"""Min-max: :math:`\mu + \gamma p` as far out as no honest update is from the others.
+    r"""Min-max: :math:`\mu + \gamma p`, no further from any honest update than two honest updates are from each other.
 
     .. math::
         \max_i \lVert \mu + \gamma p - u_i \rVert \le \max_{i, j} \lVert u_i - u_j \rVert
 
-    The largest :math:`\gamma` is the smallest root of one quadratic for each honest update, so no search is needed.
+    The largest such :math:`\gamma` is computed in closed form, from one quadratic equation per honest update.
 
     Args:
         direction: The direction :math:`p`: ``"unit"``, :math:`-\mu / \lVert \mu \rVert`; ``"sign"``,
@@ -101,7 +104,7 @@ class MinMax(CollusionAttack):
 
 @dataclass(frozen=True)
 class MinSum(CollusionAttack):
-    r"""Min-sum: :math:`\mu + \gamma p` whose distances add up to no more than those of an honest update.
+    r"""Min-sum: :math:`\mu + \gamma p`, whose squared distances sum to at most those of some honest update.
 
     .. math::
         \sum_i \lVert \mu + \gamma p - u_i \rVert^2 \le \max_i \sum_j \lVert u_i - u_j \rVert^2
@@ -118,14 +121,14 @@ class MinSum(CollusionAttack):
     def craft(self, honest: HonestUpdates, num_attackers: int) -> Flat:
         mean, direction = _mean_and_direction(honest, self.direction)
         squares, _ = honest.relative_to(mean, direction)
-        # Around the mean the products with the direction cancel, and sum_j |u_i - u_j|^2 = h |u_i - mu|^2 + sum_j ...
+        # Relative to the mean, the products with p cancel, and sum_j |u_i - u_j|^2 = h |u_i - mu|^2 + sum_j ...
         room, length = len(honest) * squares.max(), len(honest) * _square(direction)
         return _moved(mean, direction, math.sqrt(float(room) / length) if length else 0.0)
 
 
 @dataclass(frozen=True)
 class Mimic(CollusionAttack):
-    """All attackers copy one honest client, which then counts more than it should.
+    """All attackers copy one honest client, which is then over-represented.
 
     It copies the client whose update lies furthest along the direction in which the honest updates differ most.
 

@@ -15,7 +15,7 @@ class Trigger:
 
     Args:
         size: Its height and width in pixels. Default 2.
-        value: What its pixels are set to. Default 1.
+        value: The value of its pixels. Default 1.
     """
 
     size: int = 2
@@ -34,8 +34,8 @@ class LabelFlip(DataAttack):
 
     Args:
         num_classes: Number of classes :math:`K`. Default 10.
-        source: The only class that is changed. None: all.
-        target: The class that it becomes. None: :math:`K - 1 - y`.
+        source: The only class that is changed. Default None: all.
+        target: The class that it becomes. Default None: :math:`K - 1 - y`.
 
     Reference:
         Tolpegin et al., "Data Poisoning Attacks Against Federated Learning Systems", ESORICS 2020.
@@ -53,12 +53,12 @@ class LabelFlip(DataAttack):
 
 @dataclass(frozen=True)
 class Backdoor(DataAttack):
-    """Teaches the model to call an image with a trigger ``target``.
+    """Trains the model to classify images with a trigger as ``target``.
 
     Args:
         target: The class. Default 0.
-        trigger: What marks an image. Default: 2 x 2 white pixels in the lower right corner.
-        share: Share of an attacker's examples that carry the trigger. Default one half.
+        trigger: The trigger. Default: 2 x 2 white pixels in the lower right corner.
+        share: Share of an attacker's examples that carry the trigger, in (0, 1]. Default 0.5.
 
     Raises:
         ValueError: If ``share`` is not in (0, 1].
@@ -83,11 +83,11 @@ class Backdoor(DataAttack):
 
 @dataclass(frozen=True)
 class SemanticBackdoor(DataAttack):
-    """Teaches the model a wrong class for examples that have something in common by nature, here their class.
+    """Trains the model on a wrong class for examples with a natural feature in common, here their class.
 
     Args:
-        source: The class of the examples.
-        target: The class that the attackers teach.
+        source: The true class of the examples.
+        target: The class with which the attackers label them.
 
     Reference:
         Bagdasaryan et al., "How To Backdoor Federated Learning", AISTATS 2020.

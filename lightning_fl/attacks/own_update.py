@@ -16,7 +16,7 @@ class SignFlip(UpdateAttack):
     """Sends the update with the opposite sign.
 
     Args:
-        factor: By how much it is also lengthened. Default 1.
+        factor: The factor by which it is also scaled. Default 1.
 
     Reference:
         Li et al., "RSA: Byzantine-Robust Stochastic Aggregation Methods", AAAI 2019.
@@ -42,7 +42,7 @@ class GaussianNoise(UpdateAttack):
     std: float = 1.0
 
     def corrupt(self, update: Update, num_clients: int, num_attackers: int, generator: torch.Generator) -> Update:
-        # On the CPU, as the generator is.
+        # On the CPU, like the generator.
         return with_delta(
             update,
             {
@@ -54,10 +54,10 @@ class GaussianNoise(UpdateAttack):
 
 @dataclass(frozen=True)
 class Scaling(UpdateAttack):
-    """Lengthens the update, so that the mean becomes the attackers' model: model replacement.
+    """Model replacement: scales the update, so that the mean becomes the attackers' model.
 
     Args:
-        factor: By how much. None: clients of the round over attackers, which replaces the mean of all.
+        factor: The factor. Default None: clients of the round / attackers, which replaces the mean of all.
 
     Reference:
         Bagdasaryan et al., "How To Backdoor Federated Learning", AISTATS 2020.
@@ -72,7 +72,7 @@ class Scaling(UpdateAttack):
 
 @dataclass(frozen=True)
 class Lazy(UpdateAttack):
-    """Sends zeros: a client that takes part and does nothing.
+    """Sends zeros: a free-rider that takes part without training.
 
     Reference:
         Fraboni et al., "Free-rider Attacks on Model Aggregation in Federated Learning", AISTATS 2021.

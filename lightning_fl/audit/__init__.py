@@ -1,4 +1,4 @@
-"""What an update betrays of the data behind it: attacks to try on one's own model before it takes part."""
+"""Privacy audits: attacks that measure how much an update reveals about its data, to try on your own model."""
 
 from lightning_fl.audit.gradient_inversion import (
     gradients_of,

@@ -1,4 +1,4 @@
-"""Examples from gradients: exactly from a linear layer, and by optimisation from any network."""
+"""Reconstructs examples from gradients: exactly for a linear layer, by optimisation for any network."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def gradients_of(module: nn.Module, x: Tensor, y: Tensor, loss: Loss = cross_ent
 
 
 def gradients_of_update(delta: Mapping[str, Tensor], lr: float) -> Tree:
-    r"""The gradients :math:`-\Delta / \eta` behind an update of one step of SGD; of several steps, roughly their sum.
+    r"""The gradients :math:`-\Delta / \eta` of an update of one SGD step; of several steps, roughly their sum.
 
     Args:
         delta: The update, such as ``update.delta`` in :meth:`FederatedCallback.on_client_end`.
@@ -54,7 +54,7 @@ def label_of(bias_gradient: Tensor) -> int:
         bias_gradient: The gradient ``[classes]`` of a cross-entropy.
 
     Raises:
-        ValueError: If it is not that of one example: another number of entries is negative.
+        ValueError: If the number of negative entries is not one, so it is not the gradient of one example.
 
     Reference:
         Zhao et al., "iDLG: Improved Deep Leakage from Gradients", 2020.
@@ -62,8 +62,8 @@ def label_of(bias_gradient: Tensor) -> int:
     negative = (bias_gradient < 0).nonzero()[:, 0].tolist()
     if len(negative) != 1:
         raise ValueError(
-            f"{len(negative)} entries of the gradient are negative; one example's cross-entropy has just one. Give "
-            "the gradient of the last layer's bias for a single example."
+            f"{len(negative)} entries of the gradient are negative; expected one, as for a single example's "
+            "cross-entropy. Give the gradient of the last layer's bias for a single example."
         )
     return int(negative[0])
 
@@ -74,21 +74,21 @@ def invert_linear(weight_gradient: Tensor, bias_gradient: Tensor) -> Tensor:
     .. math::
         x = \frac{\partial \ell}{\partial W_k} \Big/ \frac{\partial \ell}{\partial b_k}
 
-    for the row :math:`k` with the largest bias gradient. Of a batch it is a mixture of the inputs.
+    for the row :math:`k` with the largest bias gradient. For a batch, the result is a mixture of the inputs.
 
     Args:
         weight_gradient: The gradient of the weights ``[outputs, inputs]``.
         bias_gradient: The gradient of the bias ``[outputs]``.
 
     Raises:
-        ValueError: If the bias has no gradient, as where no unit of a ReLU layer is active.
+        ValueError: If the gradient of the bias is zero, as if no unit of a ReLU layer is active.
 
     Reference:
         Phong et al., "Privacy-Preserving Deep Learning via Additively Homomorphic Encryption", IEEE TIFS 2018.
     """
     row = int(bias_gradient.abs().argmax())
     if not bias_gradient[row].abs() > 0:
-        raise ValueError("The bias has no gradient, so the layer's input does not show in its weights' gradient.")
+        raise ValueError("The bias has a gradient of zero, so the weights' gradient does not reveal the input.")
     return weight_gradient[row] / bias_gradient[row]
 
 
@@ -103,31 +103,33 @@ def invert_gradients(
     iterations: int = 300,
     seed: int = 0,
 ) -> Tensor:
-    r"""Looks for inputs with the same gradients, by L-BFGS from random ones.
+    r"""Searches for inputs with the given gradients, by L-BFGS from random ones.
 
     .. math::
         \min_x \sum_k \lVert g_k(x) - g_k \rVert^2 \quad \text{or} \quad
         \min_x \; 1 - \frac{\langle g(x), g \rangle}{\lVert g(x) \rVert \lVert g \rVert} + \lambda \, \mathrm{TV}(x)
 
     The first is "deep leakage from gradients" (DLG), the second "inverting gradients". It needs a network with second
-    derivatives, such as with sigmoid or GELU; with ReLU it often ends far away, which proves no privacy.
+    derivatives, for example with sigmoid or GELU; with ReLU it often fails, which does not prove privacy.
 
     Args:
-        module: The model that the client had at the start; it is not changed.
-        gradients: The gradients by parameter name, as :func:`gradients_of` and :func:`gradients_of_update` give them.
+        module: The model from which the client started; it is not changed.
+        gradients: The gradients by parameter name, as returned by :func:`gradients_of` and
+            :func:`gradients_of_update`.
         shape: The shape of the batch of inputs ``[batch, ...]``.
-        labels: Their targets ``[batch]``; of one example :func:`label_of` finds it.
+        labels: Their targets ``[batch]``; for one example, :func:`label_of` finds it.
         loss: The client's loss. Default: cross-entropy.
-        match: How gradients are compared, ``"euclidean"`` or ``"cosine"``. Default ``"euclidean"``.
-        total_variation: The weight :math:`\lambda` of differences between neighbouring pixels. Default 0.
-        iterations: At most so many steps. Default 300.
-        seed: Seed of the inputs from which it starts.
+        match: The distance between gradients, ``"euclidean"`` or ``"cosine"``. Default ``"euclidean"``.
+        total_variation: The weight :math:`\lambda` of differences between neighbouring pixels, which applies to both
+            distances. Default 0.
+        iterations: Maximum number of steps. Default 300.
+        seed: Seed of the initial inputs. Default 0.
 
     Returns:
         The inputs found, of the given shape.
 
     Raises:
-        ValueError: If ``match`` is not known, or a parameter has no gradient among those given.
+        ValueError: If ``match`` is not known, or ``gradients`` names a tensor that is not a parameter of the module.
 
     Reference:
         Zhu et al., "Deep Leakage from Gradients", NeurIPS 2019; Geiping et al., "Inverting Gradients - How easy is it
@@ -165,7 +167,7 @@ def invert_gradients(
             total = total + total_variation * sum(
                 (x.diff(dim=dim).abs().mean() for dim in range(2, x.dim())), start=x.new_zeros(())
             )
-        # Written here instead of `backward`, so that the module's own gradients stay as they are.
+        # `autograd.grad` instead of `backward`, so that the module's own gradients are unchanged.
         (x.grad,) = torch.autograd.grad(total, [x])
         return total.detach()
 
@@ -177,8 +179,8 @@ def psnr(found: Tensor, truth: Tensor, peak: float = 1.0) -> float:
     r"""The peak signal-to-noise ratio :math:`10 \log_{10}(\text{peak}^2 / \text{mean squared error})` in dB.
 
     Args:
-        found: What an attack has found.
-        truth: What it looked for, of the same shape.
+        found: The reconstruction.
+        truth: The original, of the same shape.
         peak: The largest value of an input. Default 1.
     """
     error = float((found - truth).double().square().mean())

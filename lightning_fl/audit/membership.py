@@ -1,4 +1,4 @@
-"""Who was in the training data: examples that were have smaller losses."""
+"""Membership inference: training examples have smaller losses than others."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def losses_of(
 
 
 def membership_auc(members: Tensor, others: Tensor) -> float:
-    r"""How well losses tell the training examples from others: the area under the ROC curve.
+    r"""How well losses distinguish training examples from others: the area under the ROC curve.
 
     .. math::
         \mathrm{AUC} = \Pr[\ell_\text{member} < \ell_\text{other}] + \tfrac{1}{2} \Pr[\ell_\text{member} =
         \ell_\text{other}]
 
-    1/2 says that they do not tell; 1 that they tell all. A low value is no proof of privacy: attacks that train models
-    of their own find more.
+    1/2 means that the losses reveal nothing, 1 that they reveal every member. A low value is no proof of privacy:
+    attacks that train shadow models find more.
 
     Args:
-        members: The losses of examples that were trained on ``[n]``.
-        others: Those of examples of the same kind that were not ``[m]``.
+        members: The losses of training examples, ``[n]``.
+        others: The losses of examples of the same kind that were not trained on, ``[m]``.
 
     Raises:
         ValueError: If one of them is empty or holds NaN.
@@ -53,9 +53,9 @@ def membership_auc(members: Tensor, others: Tensor) -> float:
     """
     if not len(members) or not len(others) or members.isnan().any() or others.isnan().any():
         raise ValueError(
-            f"Losses of {len(members)} members and {len(others)} others were given; expected some of both, without NaN."
+            f"Got losses of {len(members)} members and {len(others)} others; expected some of both, without NaN."
         )
-    # Ranks by sorting, since a table of all pairs would take n x m numbers.
+    # Ranks by sorting, since a table of all pairs would need n x m numbers.
     ordered = others.double().sort().values
     values = members.double()
     below = torch.searchsorted(ordered, values, right=False)

@@ -1,4 +1,4 @@
-"""Writes adapters alone, in peft's format."""
+"""Saves adapters in peft's format."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.callbacks.run_record import run_folder
 
 
-class AdapterCheckpoint(L.Callback):
+class AdapterCheckpoint(RoundEndCallback):
     """Writes the adapters of the global model as a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
 
-    The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, without the base, and appears under its
-    name when it is complete. It is written after the last round, and after every ``every_n_rounds``. Adapters that stay
-    with their clients are written as the federation's start values.
+    The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, without the base model, and gets its
+    name only when it is complete. It is written after the last round, and every ``every_n_rounds`` rounds. Personal
+    adapters are written with their common start values.
 
     Args:
-        folder: Where to write. None: ``adapter`` in the folder of the first logger.
-        every_n_rounds: Write after every so many rounds too. None: at the end only.
+        folder: The folder to write. None: ``adapter`` in the folder of the first logger.
+        every_n_rounds: Also write after every ``every_n_rounds`` rounds. None: only at the end.
 
     Raises:
         ValueError: If ``every_n_rounds`` is not positive.
-        MisconfigurationException: When training starts, if the module holds no peft model, or if there is no folder.
+        MisconfigurationException: When training starts, if the module contains no peft model, or if there is no folder.
 
     Example:
         >>> import lightning as L
@@ -36,21 +37,22 @@ class AdapterCheckpoint(L.Callback):
 
     def __init__(self, folder: str | Path | None = None, every_n_rounds: int | None = None) -> None:
         if every_n_rounds is not None and every_n_rounds < 1:
-            raise ValueError(f"every_n_rounds={every_n_rounds} must be None, or a whole number, at least 1.")
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be None or a whole number of at least 1.")
         self.folder = None if folder is None else Path(folder)
         self.every_n_rounds = every_n_rounds
         self._path: Path | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the folder."""
+        super().on_train_start(trainer, pl_module)
         peft_model(pl_module)
         own = run_folder(trainer, self.folder)
         self._path = own if own is None or self.folder is not None else own / "adapter"
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes if ``every_n_rounds`` says so."""
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Writes the adapters every ``every_n_rounds`` rounds."""
         if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
-            self._write(trainer, pl_module)
+            self._write(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the adapters of the last round."""
@@ -59,7 +61,7 @@ class AdapterCheckpoint(L.Callback):
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._path is None:
             return
-        # On all ranks: where parameters are spread over processes, each has a part.
+        # On all ranks: if parameters are sharded over processes, each has a part.
         state = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return
@@ -79,12 +81,12 @@ def save_adapters(module: nn.Module, state: dict[str, Any], folder: Path) -> Non
     Args:
         module: The module.
         state: Its ``state_dict``.
-        folder: Where to write.
+        folder: The folder to write.
     """
     prefix, model = peft_model(module)
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     model.save_pretrained(str(folder), state_dict=_without_parametrizations(model, own))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's card has nothing filled in
+    (folder / "README.md").unlink(missing_ok=True)  # peft's model card is an empty template
 
 
 def peft_model(module: nn.Module) -> tuple[str, Any]:
@@ -101,8 +103,8 @@ def peft_model(module: nn.Module) -> tuple[str, Any]:
         if isinstance(part, PeftModel):
             return f"{name}." if name else "", part
     raise MisconfigurationException(
-        f"AdapterCheckpoint writes the adapters of a peft model, but {type(module).__name__} holds none. Make one with "
-        "peft.get_peft_model, as fl.models.CausalLM(lora={...}) does."
+        f"AdapterCheckpoint writes the adapters of a peft model, but {type(module).__name__} contains none. Create one "
+        "with peft.get_peft_model, as fl.models.CausalLM(lora={...}) does."
     )
 
 

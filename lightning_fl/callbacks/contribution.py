@@ -1,4 +1,4 @@
-"""Measures what each client contributes to the global model, on data that the server trusts."""
+"""Measures each client's contribution to the global model, on data that the server trusts."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.communication import Message
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.seeding import isolated_randomness, round_rng
@@ -22,27 +23,27 @@ from lightning_fl.strategies.out_of_loop import validate_out_of_loop
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import loggers
-from lightning_fl.tracking.metrics import is_higher_better
+from lightning_fl.tracking.metrics import Mode
 from lightning_fl.tree import add, clone, scale
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
 
 Value = Callable[[frozenset[int]], float]
-"""What the clients at these places are worth together."""
+"""The value of the coalition of the clients at these positions."""
 Method = Literal["shapley", "leave_one_out", "gtg", "fedce"]
 MOST_CLIENTS = 10
-"""The most clients of a round whose ``2 ** n`` coalitions are all tried."""
+"""Maximum number of clients in a round for which all ``2 ** n`` coalitions are evaluated."""
 
 
 class Contribution(FederatedCallback):
-    r"""Measures each client's contribution in each round, by the models that other coalitions would have given.
+    r"""Measures each client's contribution in each round, from the models that coalitions of clients would have given.
 
-    A coalition :math:`S` is worth :math:`v(S)`, the metric of :math:`x + \sum_{i \in S} p_i (y_i - x)`, with weights
-    that add up to 1 in S, on the root data; a metric of which less is better counts negatively.
+    The value :math:`v(S)` of a coalition :math:`S` is the metric of :math:`x + \sum_{i \in S} p_i (y_i - x)` on the
+    root data, with weights that add up to 1 in S; a metric that should be low counts negatively.
 
     - ``"shapley"``: :math:`\sum_{S \not\ni i} \frac{|S|! (n - |S| - 1)!}{n!} (v(S \cup i) - v(S))`, with all
       :math:`2^n` models, for rounds of at most 10 clients; the shares add up to :math:`v(N) - v(\emptyset)`.
-    - ``"gtg"``: the same estimated from random orders of the clients, each cut off when little is left to gain, and
-      none tried in rounds that gain little (GTG-Shapley).
+    - ``"gtg"``: an estimate of the same from random orders of the clients, each truncated when little is left to gain,
+      and skipped in rounds that gain little (GTG-Shapley).
     - ``"leave_one_out"``: :math:`v(N) - v(N \setminus i)`, with n models.
     - ``"fedce"``: the mean of two shares, each normalised to add up to 1, with n models: how far a client's update
       points away from that of the others, :math:`1 - \cos(u_i, \sum_{j \ne i} p_j u_j)`, and the error on the root data
@@ -55,18 +56,20 @@ class Contribution(FederatedCallback):
 
     Args:
         root: The root data, a loader of batches for ``validation_step``. None: the Trainer's validation data, which
-            then say less about the model that is chosen by them.
-        metric: What ``validation_step`` logs. Default ``"val_loss"``.
-        method: How contributions are measured. Default ``"shapley"``.
-        every_n_rounds: Measure in each n-th round. Default 1.
-        tolerance: For ``"gtg"``, the share of a round's gain that is little. Default 0.01.
-        orders: For ``"gtg"``, the most orders of the clients, each as many models as clients. Default 20.
+            then are less informative about a model that is selected by them.
+        metric: A metric that ``validation_step`` logs. Default ``"val_loss"``.
+        method: The method. Default ``"shapley"``.
+        every_n_rounds: Measure in every n-th round. Default 1.
+        tolerance: For ``"gtg"``, the share of a round's gain below which a gain counts as small. Default 0.01.
+        orders: For ``"gtg"``, the maximum number of orders; each evaluates one model per client. Default 20.
+        mode: ``"max"`` if more of ``metric`` is better, ``"min"`` if less is. None, the default: as a
+            ``ModelCheckpoint`` of the Trainer monitors it, else by the words of its name.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: When training starts, if privacy is to hide the clients, or each has a model of its
-            own; in a round of more than 10
-            clients with ``"shapley"``, or if ``metric`` is not logged.
+        MisconfigurationException: When training starts, if privacy has to hide the clients, or each has a model of its
+            own, or if ``mode`` is None and unclear; in a round of more than 10 clients with ``"shapley"``, or if
+            ``metric`` is not logged.
 
     Reference:
         Liu et al., "GTG-Shapley: Efficient and Accurate Participant Contribution Evaluation in Federated Learning", ACM
@@ -82,7 +85,10 @@ class Contribution(FederatedCallback):
         every_n_rounds: int = 1,
         tolerance: float = 0.01,
         orders: int = 20,
+        mode: Mode | None = None,
     ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"mode={mode!r} is not known; expected 'min', 'max' or None.")
         if method not in get_args(Method):
             raise ValueError(f"method={method!r} is not known; expected {', '.join(map(repr, get_args(Method)))}.")
         if every_n_rounds < 1 or orders < 1 or tolerance < 0:
@@ -92,22 +98,36 @@ class Contribution(FederatedCallback):
             )
         self.root, self.metric, self.method = root, metric, method
         self.every_n_rounds, self.tolerance, self.orders = every_n_rounds, tolerance, orders
+        self.mode = mode
+        self._is_higher_better = False
         self.totals: dict[ClientId, float] = {}
-        """By client the sum of its contributions; the same on every rank."""
+        """The sum of each client's contributions; the same on every rank."""
         self._start: Tree = {}
         self._own: list[tuple[ClientId, float, Tree]] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.totals = {}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Makes sure that there are clients, and that nothing is to hide them."""
+        """Checks that there are clients, and that nothing has to hide their updates."""
         if not isinstance(trainer.strategy, FederatedStrategy):
             rank_zero_info(f"Contribution measures nothing: {type(trainer.strategy).__name__} has no clients.")
             return
+        mode = self.mode or mode_in(trainer, self.metric)
+        if mode is None:
+            raise MisconfigurationException(
+                f"Contribution does not know whether more of {self.metric!r} is better or less. Give it mode='max' or "
+                "mode='min'."
+            )
+        self._is_higher_better = mode == "max"
         settings = trainer.strategy.view.settings
         forbid_client_disclosure("Contribution", settings)
         if settings.algorithm.keeps_nodes:
             raise MisconfigurationException(
-                f"Contribution measures what clients add to a global model, and {type(settings.algorithm).__name__} "
-                "has one for each client. Leave it out, or use an algorithm with a server."
+                f"Contribution measures contributions to one global model, but {type(settings.algorithm).__name__} "
+                "has one model per client. Leave it out, or use an algorithm with a server."
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,8 +167,8 @@ class Contribution(FederatedCallback):
         updates = self._gather(view)
         if self.method == "shapley" and len(updates) > MOST_CLIENTS:
             raise MisconfigurationException(
-                f"Contribution(method='shapley') tries all coalitions of a round's clients, at most {MOST_CLIENTS}; "
-                f"this round has {len(updates)}. Use method='gtg' or 'leave_one_out'."
+                f"Contribution(method='shapley') evaluates all coalitions of at most {MOST_CLIENTS} clients; this "
+                f"round has {len(updates)}. Use method='gtg' or 'leave_one_out'."
             )
         strategy: Any = trainer.strategy
         before = clones(view.params)
@@ -174,7 +194,7 @@ class Contribution(FederatedCallback):
             loggers.log_table(trainer, "contribution", ["client", "contribution"], rows)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Drops the round that is not finished."""
+        """Drops the unfinished round."""
         self._start, self._own = {}, []
 
     def _measures(self, round: int) -> bool:
@@ -194,7 +214,7 @@ class Contribution(FederatedCallback):
         root = trainer.val_dataloaders if self.root is None else self.root
         if root is None:
             raise MisconfigurationException("Contribution has no root data. Give it root=loader, or a validation set.")
-        sign = 1.0 if is_higher_better(self.metric) else -1.0
+        sign = 1.0 if self._is_higher_better else -1.0
         known: dict[frozenset[int], float] = {}
 
         def value(members: frozenset[int]) -> float:
@@ -209,7 +229,7 @@ class Contribution(FederatedCallback):
                 metrics, _ = validate_out_of_loop(trainer, root)
                 if self.metric not in metrics:
                     raise MisconfigurationException(
-                        f"Contribution(metric={self.metric!r}) is not among what validation_step logs: "
+                        f"Contribution(metric={self.metric!r}) is not among the metrics that validation_step logs: "
                         f"{', '.join(metrics) or 'nothing'}."
                     )
                 known[members] = sign * metrics[self.metric]
@@ -227,17 +247,17 @@ class Contribution(FederatedCallback):
             return leave_one_out(size, value)
         if self.method == "fedce":
             everybody = frozenset(range(size))
-            best = 1.0 if is_higher_better(self.metric) else 0.0  # the value of no error
+            best = 1.0 if self._is_higher_better else 0.0  # the value without any error
             return fedce(updates, [best - value(everybody - {place}) for place in range(size)])
         return gtg_shapley(size, value, rng, self.tolerance, self.orders)
 
 
 def fedce(updates: Sequence[tuple[float, Tree]], errors: Sequence[float]) -> list[float]:
-    """Shares that add up to 1, by the directions of updates and the errors of the models without each, ``[n]``.
+    """FedCE's shares, which add up to 1, from the directions of updates and the leave-one-out errors, ``[n]``.
 
     Args:
         updates: Weight and update of each client.
-        errors: The error of the model of all others, for each client; negative ones count as 0.
+        errors: For each client, the error of the model without it; negative ones count as 0.
     """
     vectors = [torch.cat([tensor.double().reshape(-1) for tensor in delta.values()]) for _, delta in updates]
     total = sum((weight * vector for (weight, _), vector in zip(updates, vectors, strict=True)), torch.zeros(()))
@@ -256,13 +276,13 @@ def _normalised(values: Sequence[float]) -> list[float]:
 
 
 def leave_one_out(size: int, value: Value) -> list[float]:
-    r"""What the whole is worth less without each one, :math:`v(N) - v(N \setminus i)`, ``[size]``."""
+    r"""The loss of value without each player, :math:`v(N) - v(N \setminus i)`, ``[size]``."""
     everybody = frozenset(range(size))
     return [value(everybody) - value(everybody - {place}) for place in everybody]
 
 
 def shapley(size: int, value: Value) -> list[float]:
-    """The Shapley values of all ``size`` players, exactly: the value of each coalition is asked for once or more."""
+    """The exact Shapley values of all ``size`` players; ``value`` is called at least once for each coalition."""
     shares = [0.0] * size
     for place in range(size):
         others = [other for other in range(size) if other != place]
@@ -276,13 +296,13 @@ def shapley(size: int, value: Value) -> list[float]:
 def gtg_shapley(
     size: int, value: Value, rng: np.random.Generator, tolerance: float = 0.01, orders: int = 20
 ) -> list[float]:
-    """Estimates the Shapley values from orders in which the players come, each player first in turns.
+    """Estimates the Shapley values from random orders of the players; each player comes first in turn.
 
     Args:
         size: Number of players.
-        value: What a coalition is worth.
+        value: The value of a coalition.
         rng: Draws the orders.
-        tolerance: The share of the whole gain below which the rest of an order counts as nothing.
+        tolerance: The share of the total gain below which the rest of an order counts as 0.
         orders: Number of orders.
     """
     first, last = value(frozenset()), value(frozenset(range(size)))

@@ -1,4 +1,4 @@
-"""Prints what a run would do, without training."""
+"""Prints the plan of a run, without training."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lightning_fl.tree import sum_dtype
 
 
 class DryRun(L.Callback):
-    """Prints who would train where and what a round would send, then stops before the first batch.
+    """Prints which clients would train on which rank and what a round would send, then stops before the first batch.
 
     From the command line: ``lightning-fl fit --config recipe.yaml --dry-run``.
 
     Args:
-        console: Where to print; None prints to the terminal.
+        console: The console to print to. None: the terminal.
 
     Raises:
         MisconfigurationException: When training starts, if the strategy is not federated.
@@ -40,7 +40,7 @@ class DryRun(L.Callback):
         strategy = trainer.strategy
         if not isinstance(strategy, FederatedStrategy):
             raise MisconfigurationException(
-                f"DryRun shows a federation, but the strategy is {type(strategy).__name__}. Choose a federated one, "
+                f"DryRun needs a federated strategy, found {type(strategy).__name__}. Choose a federated one, "
                 "such as Trainer(strategy='fedavg')."
             )
         if trainer.is_global_zero:
@@ -75,7 +75,7 @@ def _facts(strategy: FederatedStrategy, module: nn.Module) -> Table:
 def _shared(strategy: FederatedStrategy, module: nn.Module) -> tuple[int, int]:
     tensors = FederatedTensors(module, strategy.personal)
     values: list[Any] = [*tensors.params.values(), *tensors.buffers.values()]
-    # Tensors travel in the dtype in which they are summed, which may be wider than their own.
+    # Tensors are sent in the dtype in which they are summed, which may be wider than their own.
     return len(values), sum(value.numel() * sum_dtype(value.dtype).itemsize for value in values)
 
 

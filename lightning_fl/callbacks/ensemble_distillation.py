@@ -27,29 +27,29 @@ from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
 
 
 class EnsembleDistillation(FederatedCallback):
-    r"""FedDF: after each round the global model learns to answer as the clients' models do together.
+    r"""FedDF: after each round the global model is trained to match the ensemble of the clients' models.
 
     .. math::
         \min_x \; \mathrm{mean}_d \; \mathrm{KL}\bigl(\mathrm{softmax}(\mathrm{mean}_i f(y_i, d)) \,\Vert\,
         \mathrm{softmax}(f(x, d))\bigr), \qquad \text{from } x = \mathrm{mean}_i \, y_i
 
-    over public inputs :math:`d` without labels, by Adam with a learning rate that falls as a cosine. The module's
-    ``forward`` gives class scores :math:`f`; all models are in evaluation mode, and buffers stay the mean's. The
-    paper also stops early on a validation set. Every rank scores the inputs with its clients' models, the ranks add up
-    the scores, and each distils the same. Clients train one after the other.
+    over public inputs :math:`d` without labels, by Adam with a cosine learning-rate schedule. The module's ``forward``
+    returns class scores :math:`f`; all models are in evaluation mode, and buffers keep their averaged values. The paper
+    also stops early on a validation set. Every rank computes the scores of its clients' models, the ranks sum the
+    scores, and each distils the same model. Clients train one after the other.
 
     Args:
         public: A loader of inputs, or of batches whose first entry they are; the same on all ranks. None: the
             ``public_dataloader()`` of the datamodule, as with ``DigitsDataModule(public_share=0.2)``.
-        steps: Steps of Adam after each round. Default 200.
-        lr: Its first learning rate. Default 0.001, as in the paper.
-        batch_size: Inputs in a step. Default 128, as in the paper.
+        steps: Number of Adam steps after each round. Default 200.
+        lr: Initial learning rate. Default 0.001, as in the paper.
+        batch_size: Number of inputs in a step. Default 128, as in the paper.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: When training starts, if there are no public inputs; under secure aggregation and
-            client-level privacy, which hide the clients' models; and where no party has the models of all, or each
-            client has more of its own.
+            client-level privacy, which hide the clients' models; and if no party has the models of all clients, or
+            each client has a model or tensors of its own.
 
     Reference:
         Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning", NeurIPS 2020.
@@ -70,7 +70,7 @@ class EnsembleDistillation(FederatedCallback):
         self._scores: list[Tensor] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reads the public inputs, and makes sure that the clients' models may be seen."""
+        """Reads the public inputs, and checks that the clients' models may be used."""
         strategy = trainer.strategy
         if not isinstance(strategy, FederatedStrategy):
             rank_zero_info(f"EnsembleDistillation does nothing: {type(strategy).__name__} has no clients.")
@@ -80,17 +80,17 @@ class EnsembleDistillation(FederatedCallback):
         reasons = {
             f"{type(settings.aggregator).__name__} hides them": settings.aggregator.hides_reports,
             "no party has the models of all silos over a network": strategy.network is not None,
-            "clients start from models of several rounds": settings.schedule is not None,
+            "clients start from models of different rounds": settings.schedule is not None,
             f"{type(settings.algorithm).__name__} has a model for each client": settings.algorithm.keeps_nodes,
             f"clients keep {', '.join(strategy.personal)}": bool(strategy.personal),
-            "clients train adapters of several bases": settings.aggregator.moves_frozen,
-            "a silo of several processes trains its model in parts": strategy.silo is not None,
+            "clients train adapters of different base models": settings.aggregator.moves_frozen,
+            "a silo has several processes": strategy.silo is not None,
         }
         found = [reason for reason, holds in reasons.items() if holds]
         if found:
             raise MisconfigurationException(
-                f"EnsembleDistillation brings one model near to those of a round's clients, but here {found[0]}. Leave "
-                "it out."
+                f"EnsembleDistillation distils the models of a round's clients into one, but here {found[0]}. Leave it "
+                "out."
             )
         self._inputs = self._read(trainer)
         check_same_on_ranks(strategy.view.group, "public inputs", len(self._inputs))
@@ -103,7 +103,7 @@ class EnsembleDistillation(FederatedCallback):
         batches = [batch[0] if isinstance(batch, list | tuple) else batch for batch in public]
         if not batches or not all(isinstance(batch, Tensor) for batch in batches):
             raise MisconfigurationException(
-                f"EnsembleDistillation(public={self.public!r}) has found no batches of tensors. Give it a loader of "
+                f"EnsembleDistillation(public={self.public!r}) found no batches of tensors. Give it a loader of "
                 "inputs, or a datamodule with a `public_dataloader`, such as DigitsDataModule(public_share=0.2)."
             )
         return torch.cat(batches)
@@ -124,7 +124,7 @@ class EnsembleDistillation(FederatedCallback):
         update: Update | None,
         view: RoundView,
     ) -> None:
-        """Scores the public inputs with the client's model."""
+        """Computes the client's model's scores of the public inputs."""
         if update is None:
             return
         own = {name: cast_like(tensor + update.delta[name], tensor) for name, tensor in self._start.items()}
@@ -141,7 +141,7 @@ class EnsembleDistillation(FederatedCallback):
         if not num_clients:
             return
         assert self._inputs is not None
-        with torch.no_grad():  # for the shape, on a rank that has trained nobody
+        with torch.no_grad():  # for the shape, on a rank that has trained no client
             nothing = torch.zeros_like(self._score(module, {}, self._inputs), dtype=torch.float64)
         mean = view.group.all_reduce(sum(self._scores, nothing)) / num_clients.to(nothing.device)
         with strategy.local_phase(), isolated_randomness(view.settings.seed, view.round, "public", "distillation"):
@@ -149,7 +149,7 @@ class EnsembleDistillation(FederatedCallback):
         self._scores = []
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Drops the round that is not finished."""
+        """Drops the unfinished round."""
         self._start, self._buffers, self._scores = {}, {}, []
 
     @torch.enable_grad()

@@ -16,8 +16,8 @@ class FederatedCallback(L.Callback):
     """A Lightning callback with hooks for rounds and clients; override what you need.
 
     The client hooks run on the rank that trains the client, the round hooks on every rank. Do not change their
-    arguments in place. Each hook gets a :class:`~lightning_fl.strategies.round_view.RoundView` as ``view``; a hook of
-    yours that has no parameter of that name is called without it.
+    arguments in place. Each hook gets a :class:`~lightning_fl.strategies.round_view.RoundView` as ``view``; a hook
+    without a parameter of that name is called without it.
 
     Example:
         >>> class Cohorts(FederatedCallback):
@@ -28,13 +28,13 @@ class FederatedCallback(L.Callback):
     keeps_client_state: ClassVar[bool] = False
     """Whether the callback writes to the clients' states, so that each client must train on its home rank."""
     serves_batches_by_group: ClassVar[bool] = False
-    """Whether the callback's batch hooks need not run where training goes without them."""
+    """Whether the callback's batch hooks may be skipped in a loop that runs without batch hooks."""
     protects_examples: ClassVar[bool] = False
     """Whether the callback makes local training differentially private, so that nothing else may reveal the data."""
     is_private: bool = False
     """Whether :attr:`protects_examples` holds for this callback's settings, as a silo's policy may require."""
     evaluates_clients: ClassVar[bool] = False
-    """Whether the callback evaluates each client's own model, so that a warning about personal tensors is not due."""
+    """Whether the callback evaluates each client's own model, so that no warning about personal tensors is needed."""
 
     def wrap_loaders(self, loaders: ClientLoaders) -> ClientLoaders:
         """Called when the clients' loaders are known; returns the loaders to use for the same clients."""
@@ -74,9 +74,9 @@ class FederatedCallback(L.Callback):
     def on_group_end(
         self, trainer: L.Trainer, module: L.LightningModule, clients: Sequence[ClientId], view: RoundView
     ) -> None:
-        """Called when a client group has finished: one client, or several that have trained side by side.
+        """Called when a client group has finished: one client, or several that were trained together.
 
-        Unlike the hooks for single clients, overriding this one still lets clients train side by side.
+        Unlike the hooks for single clients, overriding this one still allows clients to be trained together.
         """
 
     def on_aggregate_end(

@@ -22,28 +22,28 @@ from lightning_fl.types import ClientId, Tree
 
 
 class PersonalizedEvaluation(L.Callback):
-    """Evaluates on each client's own validation data what the client gains from federation and personalization.
+    """Compares a global, a personalized and a local model on each client's own validation data.
 
-    Three models are compared, with the module's own ``validation_step``:
+    It uses the module's own ``validation_step``. The models are:
 
     - ``"global"``: the global model, with the common start values of personal tensors;
-    - ``"personalized"``: the global model with the client's personal tensors in place, or with Ditto the client's own
+    - ``"personalized"``: the global model with the client's personal tensors loaded, or with Ditto the client's own
       model; then trained for ``finetune_epochs`` on the client's training data;
-    - ``"local"``: the model of the first round, trained on the client's training data alone.
+    - ``"local"``: the initial model of the first round, trained only on the client's training data.
 
-    These models are trained without the algorithm, schedules, callbacks and logging, with a fresh optimizer at the
+    These models are trained without the algorithm, schedules, callbacks and logging, with a new optimizer at the
     learning rates of the last round's start. Federated training is not affected. Each client is evaluated on its home
-    rank, also if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply
-    to each of these passes; ``limit_val_batches=0`` turns off the validation of the global model alone.
+    rank, even if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply
+    to each of these passes; ``limit_val_batches=0`` only turns off the validation of the global model.
 
     Args:
-        val: For each client the loader of its validation data, or a function that makes it. None: those of the
+        val: For each client the loader of its validation data, or a function that creates it. None: those of the
             datamodule, such as ``fl.datamodules.ClientDatasets(train=[...], val=[...])``; a silo's is its validation
             loader.
         finetune_epochs: Passes of the personalized model over the client's training data. None: 1, or 0 for clients
             that have personal tensors or a model of their own.
-        local_epochs: Passes of the local model over the client's training data; 0 leaves it out. None: as many as a
-            client makes that takes part in all rounds so far.
+        local_epochs: Passes of the local model over the client's training data; 0 leaves it out. None: the number of
+            passes of a client that has taken part in all rounds so far.
         every_n_rounds: Evaluate after every ``every_n_rounds`` rounds, and log the means, weighted by examples, as
             ``personalized/val_loss`` and so on. None: once, after the last round.
 
@@ -69,22 +69,22 @@ class PersonalizedEvaluation(L.Callback):
     ) -> None:
         for name, value in (("finetune_epochs", finetune_epochs), ("local_epochs", local_epochs)):
             if value is not None and value < 0:
-                raise ValueError(f"{name}={value} must be None, or a whole number that is not negative.")
+                raise ValueError(f"{name}={value} must be None or a whole number that is not negative.")
         if every_n_rounds is not None and every_n_rounds < 1:
-            raise ValueError(f"every_n_rounds={every_n_rounds} must be None, or a whole number, at least 1.")
+            raise ValueError(f"every_n_rounds={every_n_rounds} must be None or a whole number of at least 1.")
         self.val = val
         self.finetune_epochs = finetune_epochs
         self.local_epochs = local_epochs
         self.every_n_rounds = every_n_rounds
         self.metrics: dict[ClientId, dict[str, dict[str, float]]] = {}
-        """By client and model, the values that ``validation_step`` logged; the same on every rank."""
+        """The values that ``validation_step`` logged, by client and model; the same on every rank."""
         self.num_examples: dict[ClientId, int] = {}
-        """By client, its number of validation examples."""
+        """The number of validation examples of each client."""
         self._loaders: Mapping[ClientId, Any] = {}
         self._first: Tree = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Finds the clients' validation data, and keeps the first model for the local ones."""
+        """Finds the clients' validation data, and keeps the initial model for the local ones."""
         if not isinstance(trainer.strategy, FederatedStrategy):
             rank_zero_info(
                 f"PersonalizedEvaluation evaluates nothing: {type(trainer.strategy).__name__} has no clients."
@@ -92,21 +92,20 @@ class PersonalizedEvaluation(L.Callback):
             return
         self._check(trainer, pl_module)
         self._loaders = self._find_loaders(trainer)
-        # A run that is resumed has the first model from its checkpoint; the module's tensors are those of a later
-        # round.
+        # A resumed run has the initial model from its checkpoint; the module's tensors are those of a later round.
         if trainer.current_epoch == 0 and self.local_epochs != 0:
             self._first = clones(pl_module.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        """The first model, for a run that is resumed from a checkpoint."""
+        """The initial model, for a run that is resumed from a checkpoint."""
         return {"first": self._first}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the first model from a checkpoint."""
+        """Restores the initial model from a checkpoint."""
         self._first = state_dict["first"]
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluates if ``every_n_rounds`` says so."""
+        """Evaluates every ``every_n_rounds`` rounds."""
         if self._loaders and self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
             self._evaluate(trainer)
             self.log_dict(self.means())  # type: ignore[attr-defined]
@@ -133,11 +132,11 @@ class PersonalizedEvaluation(L.Callback):
         ids = [client for client in view.population.ids if client in self._loaders]
         # A client's personal tensors are in the store of its home rank.
         placed = view.place(ids, sticky=True)
-        # Ranks have different numbers of clients, so nothing that Lightning calls meanwhile may be a collective.
+        # Ranks have different numbers of clients, so Lightning must not call collectives meanwhile.
         with strategy.local_phase():
             own = []
             for client in placed[strategy.federation.rank]:
-                # Evaluation must not move the random numbers of training.
+                # Evaluation must not change the random numbers of training.
                 with isolated_randomness(view.settings.seed, len(view.history), client, "evaluation"):
                     own.append((client, *self._evaluate_client(trainer, client)))
         messages = strategy.federation.all_gather(Message({"clients": own}), "evaluation of the clients")
@@ -164,7 +163,7 @@ class PersonalizedEvaluation(L.Callback):
                 if num_epochs:
                     self._train(trainer, view, client, num_epochs)
                 metrics[kind], num_examples = validate_out_of_loop(trainer, loader)
-        # Whatever follows an error, such as a checkpoint on exception, must find the global model in the module.
+        # After an error, for example for a checkpoint on exception, the module must hold the global model.
         finally:
             load(tensors, before)
         return metrics, num_examples
@@ -229,6 +228,6 @@ def _num_passes(view: RoundView, client: ClientId) -> int:
 
 
 def _pass_length(view: RoundView, client: ClientId) -> int | None:
-    """The most batches of one pass over a client's data, as in training; None if there is no bound."""
+    """The maximum number of batches in a pass over a client's data, as in training; None if there is no limit."""
     work, num_batches = view.max_work, count_batches(view.population.loaders[client])
     return work.max_pass_length if num_batches is None else work.pass_length(num_batches)

@@ -12,24 +12,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId
 
 MAX_LINES = 20
 SECONDS_OF_SPEED = 3600.0
-"""The time left is estimated from the speed of the last hour, since a round may take many minutes."""
+"""Seconds of progress from which the time left is estimated; an hour, since a round may take many minutes."""
 
 
-class FederatedProgressBar(ProgressBar, FederatedCallback):
+class FederatedProgressBar(RoundEndCallback, ProgressBar, FederatedCallback):
     """Shows the rounds with the time left and the global metrics, and below them the progress within the cohort.
 
     ``lightning-fl fit`` uses it unless the configuration names another. Values that the module logs with
-    ``prog_bar=True`` are shown. With several ranks, the progress is that of rank 0's clients. Where the output is no
-    terminal but, for example, a file, a line is printed for about every twentieth part of the rounds.
+    ``prog_bar=True`` are shown. With several ranks, the progress is that of rank 0's clients. If the output is not a
+    terminal but, for example, a file, a line is printed about 20 times in a run.
 
     Args:
         metrics: Names of the metrics to show. None: those logged with ``prog_bar=True``.
-        console: Where to print. None: the terminal.
+        console: The console to print to. None: the terminal.
 
     Example:
         >>> import lightning as L
@@ -64,8 +65,9 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the empty bars."""
+        super().on_train_start(trainer, pl_module)
         max_epochs = trainer.max_epochs
-        # Lightning's -1 stands for training without end.
+        # Lightning's -1 means training without an end.
         self._num_rounds = max_epochs if max_epochs is not None and max_epochs > 0 else None
         if self._enabled and self.console.is_terminal:
             self._bars = _Bars(self.console, self._num_rounds, trainer.current_epoch)
@@ -93,14 +95,14 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
         if self._bars is not None:
             self._bars.end_cohort("validation")
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Advances the rounds' bar by one, with the global model's metrics."""
         done = trainer.current_epoch + 1
         if self._bars is not None:
             self._bars.end_round(done, self._shown(trainer))
         elif self._enabled and self._is_due(done):
             of = "" if self._num_rounds is None else f"/{self._num_rounds}"
-            # Without soft_wrap rich would break the line at the width that it assumes for a file.
+            # Without soft_wrap, rich would wrap the line at the width that it assumes for a file.
             self.console.print(
                 f"round {done}{of}  {self._shown(trainer)}", markup=False, highlight=False, soft_wrap=True
             )
@@ -138,7 +140,7 @@ class _TimeLeft(TimeRemainingColumn):
     """The time left, on the rounds' bar only."""
 
     def render(self, task: Task) -> Text:
-        # The cohort's bar starts again in every round, which an estimate from an hour of speed does not fit.
+        # The cohort's bar restarts in every round, so an estimate from the last hour would be wrong.
         return Text.assemble(super().render(task), " left") if task.description == "rounds" else Text()
 
 
@@ -161,7 +163,7 @@ class _Bars:
         self._progress.advance(self._cohort, num_clients)
 
     def end_cohort(self, text: str) -> None:
-        # Clients whose loader has failed have not advanced the bar.
+        # Clients whose loader failed have not advanced the bar.
         total = self._progress.tasks[self._cohort].total
         self._progress.update(self._cohort, completed=total, text=text, refresh=True)
 

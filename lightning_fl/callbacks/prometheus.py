@@ -1,4 +1,4 @@
-"""Shows a run's figures to Prometheus."""
+"""Exports a run's figures to Prometheus."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.federation.history import figures, left_out
 from lightning_fl.strategies import FederatedStrategy
 
 
-class Prometheus(L.Callback):
-    """Answers ``GET /metrics`` on rank 0 with the figures of the last round, for as long as the Trainer runs.
+class Prometheus(RoundEndCallback):
+    """Answers ``GET /metrics`` on rank 0 with the figures of the last round, while the Trainer runs.
 
-    | metric | what |
+    | metric | meaning |
     |---|---|
     | ``lightning_fl_rounds_total`` | finished rounds |
-    | ``lightning_fl_last_round_timestamp_seconds`` | when the last one finished, to notice a run that is stuck |
-    | ``lightning_fl_metric{name}`` | what the module logs, as ``val_acc`` |
-    | ``lightning_fl_figure{name}`` | the round's own figures, as ``num_clients``, ``update_norm``, ``dp_epsilon`` |
-    | ``lightning_fl_phase_seconds{phase}`` | where the time of the round went |
+    | ``lightning_fl_last_round_timestamp_seconds`` | when the last round finished, to detect a run that hangs |
+    | ``lightning_fl_metric{name}`` | metrics that the module logs, such as ``val_acc`` |
+    | ``lightning_fl_figure{name}`` | figures of the round, such as ``num_clients``, ``update_norm``, ``dp_epsilon`` |
+    | ``lightning_fl_phase_seconds{phase}`` | the round's time by phase |
     | ``lightning_fl_sent_bytes_total`` | bytes that this rank has sent |
-    | ``lightning_fl_clients_left_out_total{reason}`` | clients whose update did not count |
+    | ``lightning_fl_clients_left_out_total{reason}`` | clients whose update was not used |
 
-    None is about a single client. Under client-level differential privacy and secure aggregation exact figures of the
-    clients are left out, as they are for loggers. There is no authentication: other hosts than this one reach it only
-    if ``host`` says so. ``deploy/grafana.json`` is a dashboard of these metrics.
+    None of them is about a single client. Under client-level differential privacy and secure aggregation, exact figures
+    about the clients are left out, as they are for loggers. There is no authentication: by default only this host can
+    connect; see ``host``. ``deploy/grafana.json`` is a dashboard of these metrics.
 
     Args:
-        port: The port; 0 takes a free one, which is then :attr:`port`.
-        host: The address to listen on; ``0.0.0.0`` for all.
+        port: The port; 0 takes a free one, which is then :attr:`port`. Default 9464.
+        host: The address to listen on; ``0.0.0.0`` for all. Default ``127.0.0.1``.
 
     Raises:
         ImportError: If prometheus-client is not installed.
@@ -60,14 +61,15 @@ class Prometheus(L.Callback):
 
         self._rounds = counter("rounds", "Finished rounds.")
         self._when = gauge("last_round_timestamp_seconds", "When the last round finished.")
-        self._metric = gauge("metric", "What the module logs.", ("name",))
-        self._figure = gauge("figure", "The round's own figures.", ("name",))
-        self._phase = gauge("phase_seconds", "Seconds of the last round.", ("phase",))
+        self._metric = gauge("metric", "Metrics that the module logs.", ("name",))
+        self._figure = gauge("figure", "Figures of the round.", ("name",))
+        self._phase = gauge("phase_seconds", "Seconds of the last round, by phase.", ("phase",))
         self._sent = counter("sent_bytes", "Bytes that this rank has sent.")
-        self._left_out = counter("clients_left_out", "Clients whose update did not count.", ("reason",))
+        self._left_out = counter("clients_left_out", "Clients whose update was not used.", ("reason",))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts to answer."""
+        """Starts the server."""
+        super().on_train_start(trainer, pl_module)
         if not trainer.is_global_zero or self._server is not None:
             return
         from prometheus_client import start_http_server
@@ -81,8 +83,8 @@ class Prometheus(L.Callback):
             ) from error
         self.port = self._server.server_port
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Takes over the figures of the round, after the global model's validation."""
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Sets the figures of the round, after the global model's validation."""
         if not trainer.is_global_zero:
             return
         self._rounds.inc()
@@ -107,7 +109,7 @@ class Prometheus(L.Callback):
                 self._left_out.labels(reason).inc(count)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stops to answer."""
+        """Stops the server."""
         if self._server is not None:
             self._server.shutdown()
             self._server.server_close()

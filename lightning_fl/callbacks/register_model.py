@@ -1,4 +1,4 @@
-"""Puts a run's model into MLflow's registry of models."""
+"""Registers a run's model in MLflow's model registry."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.callbacks.run_record import MODEL_FILE, global_model
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.tracking.metrics import is_higher_better
 
 FOLDER = "model"
 
@@ -24,19 +24,22 @@ FOLDER = "model"
 class RegisterModel(L.Callback):
     """Registers the global model in MLflow when training ends, and moves an alias to it if it is better.
 
-    Where the Trainer's ``ModelCheckpoint`` monitors ``if_better``, its best model is registered, else that of the last
-    round. The version gets the metric, the rounds and the algorithm as tags. It is an ordinary checkpoint with weights
-    and hyper-parameters, from which ``MyModule.load_from_checkpoint`` makes the module: no server state, no client's
-    tensors and no exact counts, which a training checkpoint holds.
+    If the Trainer's ``ModelCheckpoint`` monitors ``if_better``, its best model is registered, otherwise that of the
+    last round. The version gets the metric, the rounds and the algorithm as tags. It is an ordinary checkpoint with
+    weights and hyper-parameters that ``MyModule.load_from_checkpoint`` loads, without the server state, client tensors
+    and exact counts of a training checkpoint.
 
     Args:
-        name: Name of the registered model; it is created if there is none.
-        alias: The alias of the best version, as ``champion``.
-        if_better: The metric by which versions are compared. None: the alias always moves.
-        mode: ``max`` or ``min``; ``auto`` goes by the metric's name.
+        name: Name of the registered model; it is created if it does not exist.
+        alias: The alias of the best version. Default ``"champion"``.
+        if_better: The metric by which versions are compared. None: the alias always moves. Default ``"val_acc"``.
+        mode: ``"max"`` or ``"min"``; ``"auto"``, the default: as the Trainer's ``ModelCheckpoint`` monitors the metric,
+            else by the words of its name.
 
     Raises:
-        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``.
+        ValueError: If ``mode`` is unknown.
+        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``, or if ``mode`` is
+            ``"auto"`` and unclear.
 
     Example:
         >>> register = RegisterModel("digits", if_better="val_acc")
@@ -50,10 +53,18 @@ class RegisterModel(L.Callback):
         self.name = name
         self.alias = alias
         self.if_better = if_better
-        self.is_higher_better = is_higher_better(if_better or "") if mode == "auto" else mode == "max"
+        self.mode = mode
+        self._is_higher_better = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Looks for the logger, before hours of training."""
+        """Checks that there is a logger and what is better, before hours of training."""
+        mode = self.mode if self.mode != "auto" or self.if_better is None else mode_in(trainer, self.if_better)
+        if mode is None:
+            raise MisconfigurationException(
+                f"RegisterModel does not know whether more of {self.if_better!r} is better or less. Give it mode='max' "
+                "or mode='min'."
+            )
+        self._is_higher_better = mode == "max"
         if trainer.is_global_zero:
             _logger(trainer)
 
@@ -95,19 +106,19 @@ class RegisterModel(L.Callback):
             if callback.monitor == self.if_better and callback.best_model_score is not None:
                 best = torch.load(callback.best_model_path, map_location="cpu", weights_only=True)
                 own = {name: best[name] for name in model if name in best}
-                # A checkpoint holds the number of its last round, from 0; `global_model` how many there were.
+                # A checkpoint holds the index of its last round, from 0; `global_model` the number of rounds.
                 return {**model, **own, "epoch": best["epoch"] + 1}, float(callback.best_model_score)
         value = trainer.callback_metrics.get(self.if_better or "")
         if value is None and self.if_better is not None:
             known = ", ".join(name for name in trainer.callback_metrics if not name.startswith("fl/"))
             rank_zero_warn(
-                f"No metric {self.if_better!r} was logged, so version and {self.alias} can't be compared; there are "
-                f"{known or 'none'}. The model is registered without the alias."
+                f"No metric {self.if_better!r} was logged, so the new version can't be compared with {self.alias}; the "
+                f"logged metrics are {known or 'none'}. The model is registered without the alias."
             )
         return model, None if value is None else float(value)
 
     def _champion(self, client: Any) -> Any:
-        """The version that has the alias now."""
+        """The version that currently has the alias."""
         if self.alias not in client.get_registered_model(self.name).aliases:
             return None
         return client.get_model_version_by_alias(self.name, self.alias)
@@ -120,7 +131,7 @@ class RegisterModel(L.Callback):
         other = float(champion.tags.get(self.if_better, "nan")) if champion is not None else math.nan
         if not math.isfinite(other):
             return True
-        return value > other if self.is_higher_better else value < other
+        return value > other if self._is_higher_better else value < other
 
 
 def _logger(trainer: L.Trainer) -> MLFlowLogger:

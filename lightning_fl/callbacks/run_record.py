@@ -23,7 +23,9 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.monitored import monitored_modes
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.internals import own_hyperparameters
 from lightning_fl.tracking import loggers
@@ -42,29 +44,29 @@ from lightning_fl.tracking.run import (
 MAX_CLIENTS = 200
 MODEL_FILE = "model.ckpt"
 HIDDEN = ("_instantiator",)
-"""What LightningCLI adds to hyper-parameters for itself."""
+"""Keys that LightningCLI adds to the hyper-parameters."""
 
 
-class RunRecord(L.Callback):
+class RunRecord(RoundEndCallback):
     """Writes a record of the run to its folder, and logs the federation's settings and the partition of the data.
 
-    ``lightning-fl fit`` adds it by itself. The folder is the logger's, which also has ``checkpoints``. It gets
+    ``lightning-fl fit`` adds it automatically. The folder is the logger's, which also has ``checkpoints``. It gets
     ``run.json`` (settings, versions, partition of the data, the command line) and ``rounds.jsonl`` (a line for each
     round: the figures of ``strategy.history`` and the global metrics), which ``lightning-fl report`` and ``compare``
-    read. A run without a federation is recorded too, with its epochs as rounds, for comparison.
+    read. A run that is not federated is recorded too, with its epochs as rounds, for comparison.
 
-    A silo on another rank than the first, whose machine sees none of that, writes a record of its own to the folder
+    A silo on another rank than the first may be on another machine. It writes its own record to the folder
     ``silos/NAME`` of its Trainer's ``default_root_dir``, and at the end the global model, ``model.ckpt``.
 
-    ``client_evaluations.jsonl`` holds what a callback :class:`~lightning_fl.callbacks.PersonalizedEvaluation` has found
-    for each client.
+    ``client_evaluations.jsonl`` holds the results of the callback
+    :class:`~lightning_fl.callbacks.PersonalizedEvaluation` for each client.
 
-    TensorBoard and W&B get the strategy's settings, the partition as a table and as a picture, and all metrics once
-    more by round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never
-    their label counts, which are also left out where differential privacy protects clients or examples.
+    TensorBoard and W&B get the strategy's settings, the partition as a table and as a figure, and all metrics again by
+    round, under ``round/``. Silos share their number of examples only if clients are weighted by it, and never their
+    label counts, which are also left out if differential privacy protects clients or examples.
 
     Args:
-        folder: Where to write. None: the folder of the first logger.
+        folder: The folder to write to. None: the folder of the first logger.
         command: The command line to reproduce the run. None: the one that started this process.
 
     Raises:
@@ -83,7 +85,7 @@ class RunRecord(L.Callback):
         """The run's folder, once training has started."""
         self._facts: dict[str, Any] = {}
         self._own: Path | None = None
-        """Where this rank writes: the run's folder, that of its own silo, or nowhere."""
+        """The folder that this rank writes to: the run's, that of its own silo, or None."""
         self._start = 0.0
         self._last_step = 0
         self._autologs = self._is_secret = False
@@ -94,9 +96,10 @@ class RunRecord(L.Callback):
         trainer.enable_autolog_hparams = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes what is known before the first round."""
+        """Writes the facts that are known before the first round."""
         own = own_hyperparameters(trainer) if self._autologs else {}
         trainer.enable_autolog_hparams = self._autologs
+        super().on_train_start(trainer, pl_module)
         _move_behind_others(trainer, self)
         self.path = run_folder(trainer, self.folder)
         if self.path is None:
@@ -108,8 +111,7 @@ class RunRecord(L.Callback):
         if isinstance(strategy, FederatedStrategy):
             self._is_secret = strategy.view.settings.hides_clients
             population, federation = strategy.view.population, strategy.view.settings
-            # Under weighting by examples silos learn each other's sizes in any case, unless secure aggregation hides
-            # them.
+            # With weighting by examples, silos learn each other's sizes anyway, unless secure aggregation hides them.
             if not federation.silos or (strategy.weighting == "examples" and not federation.hides_silos):
                 # The sizes of clients count as public under differential privacy, their labels do not.
                 shares_labels = not federation.silos and not federation.is_differentially_private
@@ -120,12 +122,13 @@ class RunRecord(L.Callback):
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "status": "running",
             "settings": settings,
+            "modes": monitored_modes(trainer),
             "versions": _versions(),
             "partition": None if summary is None else summary.as_dict(),
         }
         # Rounds after the checkpoint are trained again, and their lines are written again.
         self._rows = [row for row in self._rows if row["round"] < trainer.current_epoch]
-        # The time of a resumed run goes on from its last row.
+        # The time of a resumed run continues from its last row.
         self._start = time.perf_counter() - (self._rows[-1]["time"] if self._rows else 0.0)
         self._last_step = trainer.global_step
         if self._own is not None:
@@ -135,13 +138,12 @@ class RunRecord(L.Callback):
         if summary is not None:
             loggers.log_partition(trainer, summary)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the current round, after the global model's validation."""
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Adds the current round, with what was logged in it."""
         if self.path is None:
             return
         # Without the federation's own figures, which the row has already.
-        measured = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
-        metrics = {name: float(value) for name, value in measured.items()}
+        metrics = {n: value for n, value in self.logged_in_round(trainer).items() if not n.startswith("fl/")}
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
         if isinstance(trainer.strategy, FederatedStrategy):
             row.update(trainer.strategy.history[-1])
@@ -153,18 +155,18 @@ class RunRecord(L.Callback):
         loggers.log_by_round(trainer, row["round"], metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Records that the run has finished, and what other callbacks have measured at its end."""
+        """Records that the run has finished, and the results of other callbacks at its end."""
         self._record_clients(trainer)
         is_spread = isinstance(trainer.strategy, FederatedStrategy) and trainer.strategy.federation.is_spread
         keeps_model = self._own is not None and not trainer.is_global_zero
-        if keeps_model or is_spread:  # the parts of all processes of a silo make the whole
+        if keeps_model or is_spread:  # a sharded model is gathered from all processes of a silo
             model = global_model(trainer)
             if self._own is not None and keeps_model:
                 torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
 
     def _record_clients(self, trainer: L.Trainer) -> None:
-        """Adds what was evaluated after the last round to its row, and writes what was found for each client."""
+        """Adds evaluations after the last round to its row, and writes the results of each client."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         found = [own for own in callbacks if isinstance(own, PersonalizedEvaluation) and own.metrics]
         if self._own is None or not self._rows or not found:
@@ -181,7 +183,7 @@ class RunRecord(L.Callback):
 
     def _write_rounds(self) -> None:
         assert self._own is not None
-        # It has the exact counts of rounds whose clients noise hides.
+        # The file contains exact counts, even of rounds whose clients are hidden by noise.
         text = "".join(to_json(row) + "\n" for row in self._rows)
         write_file(self._own / ROUNDS_FILE, text, is_secret=self._is_secret)
 
@@ -228,10 +230,10 @@ class RunRecord(L.Callback):
 
 
 def _move_behind_others(trainer: L.Trainer, record: RunRecord) -> None:
-    """Lets a record see what the other callbacks log in a round, and checkpoints see the record's rows."""
+    """Moves the record behind other callbacks, whose metrics it records, and before checkpoints, which save it."""
     others = [callback for callback in trainer.callbacks if callback is not record]  # type: ignore[attr-defined]
     savers = [callback for callback in others if isinstance(callback, Checkpoint)]
-    # A new list: Lightning goes through the old one at the moment.
+    # A new list, because Lightning is iterating over the old one.
     trainer.callbacks = [*(other for other in others if other not in savers), record, *savers]  # type: ignore[attr-defined]
 
 
@@ -241,11 +243,11 @@ def run_of_checkpoint(checkpoint: Path) -> Path | None:
 
 
 def silo_record(strategy: Any) -> Path | None:
-    """The folder in which a silo on another rank than the first keeps what the run leaves; None in a simulation."""
+    """The folder of the record of a silo on another rank than the first; None in a simulation."""
     if not isinstance(strategy, FederatedStrategy) or strategy.view.population.silos is None:
         return None
     group = strategy.federation
-    if group.inner.rank:  # its first process keeps the record of a silo
+    if group.inner.rank:  # the first process of a silo writes its record
         return None
     name = group.names[group.rank] if group.names else f"silo{group.rank}"
     if strategy.network is not None:
@@ -254,7 +256,7 @@ def silo_record(strategy: Any) -> Path | None:
 
 
 def global_model(trainer: L.Trainer) -> dict[str, Any]:
-    """The global model as a checkpoint from which ``load_from_checkpoint`` makes the module."""
+    """The global model as a checkpoint that ``load_from_checkpoint`` loads."""
     module = trainer.lightning_module
     state = trainer.strategy.lightning_module_state_dict()
     return {
@@ -279,8 +281,8 @@ def run_folder(trainer: L.Trainer, folder: Path | None) -> Path | None:
         return None
     if first is None:
         raise MisconfigurationException(
-            "The run's files have no folder, because the Trainer has no logger. Give the callback one, such as "
-            "fl.callbacks.RunRecord(folder='runs/first'), or give the Trainer a logger."
+            "There is no folder for the run's files, because the Trainer has no logger. Give the callback a folder, "
+            "such as fl.callbacks.RunRecord(folder='runs/first'), or give the Trainer a logger."
         )
     # `log_dir` broadcasts the folder of rank 0 itself.
     if isinstance(first, TensorBoardLogger | CSVLogger):
@@ -308,7 +310,7 @@ def describe_settings(trainer: L.Trainer) -> dict[str, str]:
             algorithm=repr(algorithm),
             clients=kind,
             num_clients=str(len(view.population)),
-            # How many it was is secret where noise hides who takes part.
+            # The exact number is secret if noise hides who takes part.
             clients_per_round=f"{view.expected_cohort_size if view.settings.hides_clients else len(view.cohort):g}",
             ranks=str(strategy.federation.size),
             seed=str(view.settings.seed),
@@ -341,7 +343,7 @@ def _text(value: Any) -> str:
         return str(value)
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_text, value))}]"
-    # The default repr holds an address, so that equal settings would differ from run to run.
+    # The default repr contains an address, so equal settings would differ from run to run.
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
@@ -357,12 +359,12 @@ def _versions() -> dict[str, str]:
 
 
 def command_line(words: Sequence[str] | None = None) -> str:
-    """The command that starts this run again, with torchrun and its options in front if torchrun started it.
+    """The command that starts this run again, including torchrun and its options if torchrun started it.
 
     Args:
-        words: What follows ``python`` or ``torchrun``. None: what this process was started with.
+        words: The arguments of ``python`` or ``torchrun``. None: those with which this process was started.
     """
-    # Not `sys.argv`, in which `-m package` has become the path of a file.
+    # Not `sys.argv`, in which `-m package` was replaced by the path of a file.
     words = list(sys.orig_argv[1:] if words is None else words)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return shlex.join(["python", *words])

@@ -1,4 +1,4 @@
-"""What the algorithms take, keep and send, as text."""
+"""The settings, state and side channels of the algorithms, as text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLE = {"weight": torch.zeros(10, 10)}
 
 
 def all_in_short() -> str:
-    """The facts of all registered algorithms."""
+    """A summary of all registered algorithms."""
     text = ""
     for name in sorted(registered()):
         algorithm = get_algorithm(name)
@@ -35,9 +35,9 @@ def all_in_short() -> str:
 
 
 def one_in_full(name: str) -> str:
-    """An algorithm's documentation, and how to choose it."""
+    """An algorithm's documentation, and how to select it."""
     algorithm = get_algorithm(name)
-    # What is an object of its own, such as a topology, has its own page.
+    # Settings that are objects, such as a topology, have their own documentation.
     values = {field.name: getattr(algorithm, field.name) for field in dataclasses.fields(algorithm) if field.init}  # type: ignore[arg-type]
     plain = {key: value for key, value in values.items() if not dataclasses.is_dataclass(value)}
     return page(name, type(algorithm).__name__, inspect.getdoc(type(algorithm)) or "", plain)
@@ -55,7 +55,7 @@ def settings(algorithm: Algorithm) -> str:
 
 
 def server_keeps(algorithm: Algorithm) -> str:
-    """What the server keeps between rounds besides the model, according to its initial state."""
+    """The server's state between rounds besides the model, according to its initial state."""
     state = algorithm.server_init(EXAMPLE, 10)
     return ", ".join(f"{key.replace('_', ' ')}{_size(value)}" for key, value in state.items() if key != "params")
 

@@ -1,4 +1,4 @@
-"""What is printed about one algorithm: its documentation, and how to choose it."""
+"""The page that is printed about one algorithm: its documentation, and how to select it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def page(name: str, class_name: str, documentation: str, settings: Mapping[str, 
         name: The name under which it is registered.
         class_name: The name of its class.
         documentation: Its docstring.
-        settings: By name the default of each hyper-parameter.
+        settings: The default of each hyper-parameter, by name.
     """
     lines = [
         f"{readable(documentation)}\n",

@@ -1,4 +1,4 @@
-"""Documentation and settings of the built-in algorithms, read from their files: to import them would take seconds."""
+"""Documentation and settings of the built-in algorithms, read from their files, since importing them takes seconds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ FOLDER = Path(__file__).parents[1] / "algorithms"
 
 @cache
 def classes() -> dict[str, ast.ClassDef]:
-    """By name the classes of all algorithm files."""
+    """The classes of all algorithm files, by name."""
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.py")]
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def names() -> dict[str, ast.ClassDef]:
-    """By name the algorithms that ``@register`` names."""
+    """The classes decorated with ``@register``, by registered name."""
     found = {}
     for node in classes().values():
         for mark in node.decorator_list:
@@ -34,7 +34,7 @@ def documentation(node: ast.ClassDef) -> str:
 
 
 def settings(node: ast.ClassDef) -> dict[str, object]:
-    """By name the default of each hyper-parameter that is a plain value, those of base classes first."""
+    """The default of each hyper-parameter that is a plain value, by name; those of base classes come first."""
     found: dict[str, object] = {}
     for base in reversed(node.bases):
         if isinstance(base, ast.Name) and base.id in classes():
@@ -43,6 +43,6 @@ def settings(node: ast.ClassDef) -> dict[str, object]:
     for line in node.body if is_dataclass else ():
         if not isinstance(line, ast.AnnAssign) or not line.value or "ClassVar" in ast.unparse(line.annotation):
             continue
-        with suppress(ValueError):  # an object of its own, such as a topology, has its own page
+        with suppress(ValueError):  # not a plain value but an object, such as a topology
             found[ast.unparse(line.target)] = ast.literal_eval(line.value)
     return found

@@ -18,7 +18,7 @@ from lightning_fl.cli import algorithm_source
 from lightning_fl.cli.algorithm_page import page
 
 BUILT_IN = Path(__file__).with_name("builtin_algorithms.txt")
-"""What is printed where no other package brings algorithms: importing them all would take seconds. A test compares."""
+"""The printed table if no other package provides algorithms, since importing all takes seconds. A test compares it."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

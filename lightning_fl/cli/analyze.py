@@ -2,8 +2,8 @@
 
 The data is one file with a column that names the client of each row or, under torchrun, one file per silo: {rank} in
 its name stands for the silo's rank. Or each silo starts the command with its own file and the coordinator's address.
-Options that ask a question may be repeated. With --secure nobody learns more than the sums over all clients. In that
-case, and with --noise, the values of columns that divide rows and the times of survival must be declared.
+Options that ask a question may be repeated. With --secure nobody learns more than the sums over all clients. With
+--secure or --noise, the values of grouping columns and the times of survival curves must be declared.
 
 Examples:
   lightning-fl analyze lung.csv --client inst --mean age --quantile wt.loss=0.5,0.9 --km time,status --by sex
@@ -34,7 +34,7 @@ ASKED = {
     "mean": ("COLUMN", "the mean"),
     "quantile": ("COLUMN=Q,Q", "quantiles; without =Q the median"),
     "histogram": ("COLUMN=EDGE,EDGE", "counts between edges"),
-    "frequency": ("COLUMN", "how often each value occurs"),
+    "frequency": ("COLUMN", "the number of rows with each value"),
     "correlation": ("X,Y", "Pearson's correlation"),
     "pca": ("COLUMN,COLUMN", "principal components of standardised columns"),
     "t-test": ("COLUMN,BY", "Welch's t-test between the two groups of BY"),
@@ -43,41 +43,46 @@ ASKED = {
     "log-rank": ("TIME,STATUS,BY", "the log-rank test between the groups of BY"),
     "cox": ("TIME,STATUS,X,X", "Cox's proportional hazards"),
     "heavy-hitters": ("COLUMN", "words that many rows hold, by TrieHH"),
-    "cardinality": ("COLUMN", "about how many values there are"),
-    "intersection": ("COLUMN", "how many values all clients have"),
+    "cardinality": ("COLUMN", "the approximate number of distinct values"),
+    "intersection": ("COLUMN", "the number of values that all clients have"),
 }
 DIVIDES = ("t-test", "chi2", "log-rank")
-"""Questions that compare groups by themselves, so that --by does not divide them again."""
+"""Questions that compare groups themselves, so that --by does not divide them again."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("table", help="a .csv, .csv.gz or .parquet file, or a folder of them")
     parser.add_argument("--client", metavar="COLUMN", help="the column that names the client of a row")
-    parser.add_argument("--federation", metavar="ADDRESS", help="ask with the other silos, by their coordinator")
+    parser.add_argument("--federation", metavar="ADDRESS", help="ask together with other silos, through a coordinator")
     parser.add_argument("--kit", type=Path, metavar="FOLDER", help="this silo's key and certificate, for --federation")
     questions = parser.add_argument_group("questions")
     questions.add_argument("--count", action="store_true", help="the number of rows")
     for name, (metavar, text) in ASKED.items():
         questions.add_argument(f"--{name}", action="append", default=[], metavar=metavar, help=text)
-    how = parser.add_argument_group("how they are asked")
-    how.add_argument("--by", metavar="COLUMN[=A,B]", help="ask of the rows of each value of this column")
+    how = parser.add_argument_group("options of questions")
+    how.add_argument("--by", metavar="COLUMN[=A,B]", help="ask separately for the rows of each value of this column")
     how.add_argument("--range", action="append", default=[], metavar="COLUMN=LOW,HIGH", help="a column's public range")
     how.add_argument("--values", action="append", default=[], metavar="COLUMN=A,B", help="a column's public values")
     how.add_argument("--grid", metavar="LAST,STEP", help="the times at which survival is counted: STEP, 2 STEP, ...")
     how.add_argument("--at", metavar="T,T", default="", help="times at which --km shows the share")
     how.add_argument("--event", type=float, default=1, help="the status that is an event (default: %(default)g)")
-    how.add_argument("--ties", choices=("efron", "breslow"), default="efron", help="of --cox (default: %(default)s)")
+    how.add_argument(
+        "--ties",
+        choices=("efron", "breslow"),
+        default="efron",
+        help="treatment of ties by --cox (default: %(default)s)",
+    )
     how.add_argument("--equal-var", action="store_true", help="--t-test pools the variances")
     guards = parser.add_argument_group("privacy")
-    guards.add_argument("--secure", action="store_true", help="by secure aggregation: only sums over all are seen")
-    guards.add_argument("--noise", type=float, help="noise multiplier of differential privacy of a row")
-    guards.add_argument("--delta", type=float, help="its delta (default: 1e-5)")
-    guards.add_argument("--max-epsilon", type=float, help="stop before epsilon is larger")
+    guards.add_argument("--secure", action="store_true", help="secure aggregation: reveal only sums over all clients")
+    guards.add_argument("--noise", type=float, help="noise multiplier of row-level differential privacy")
+    guards.add_argument("--delta", type=float, help="delta of row-level differential privacy (default: 1e-5)")
+    guards.add_argument("--max-epsilon", type=float, help="stop before epsilon exceeds this")
     guards.add_argument(
-        "--min-count", type=int, default=5, help="the fewest rows behind an answer (default: %(default)s)"
+        "--min-count", type=int, default=5, help="smallest number of rows behind an answer (default: %(default)s)"
     )
-    guards.add_argument("--ledger", metavar="FILE", help="what was asked before of the same rows; it is added to")
+    guards.add_argument("--ledger", metavar="FILE", help="record of earlier questions about the same rows; updated")
     schema = parser.add_argument_group("a schema for training")
     schema.add_argument("--schema", type=Path, metavar="FILE", help="agree on a schema for TabularDataModule")
     schema.add_argument("--target", metavar="COLUMN", help="the column to predict")
@@ -92,19 +97,19 @@ def run(args: argparse.Namespace) -> None:
         if path is not None:
             check_output(path)
     if args.noise is None and (args.delta is not None or args.max_epsilon is not None):
-        raise ValueError("--delta and --max-epsilon are of the noise; add --noise Z.")
+        raise ValueError("--delta and --max-epsilon need noise; add --noise Z.")
     is_silo = "{rank}" in args.table
     if is_silo and args.client is not None:
-        raise ValueError("{rank} in the file's name makes each rank a silo, which is a client; leave out --client.")
+        raise ValueError("With {rank} in the file's name each rank is a silo, which is a client. Leave out --client.")
     questions = _questions(args)
     if (args.schema is None) != (args.target is None):
-        raise ValueError("--schema FILE and --target COLUMN go together: a schema is for predicting a column.")
+        raise ValueError("Give --schema FILE and --target COLUMN together: a schema is for predicting a column.")
     if args.schema is not None:
         check_output(args.schema)
     if not questions and args.schema is None:
         raise ValueError(f"No question was given. Add --count, or one of --{', --'.join(ASKED)}.")
     if is_silo and args.ledger is not None and "{rank}" not in args.ledger:
-        raise ValueError("Each silo keeps a ledger of its own: --ledger ledger{rank}.json.")
+        raise ValueError("Each silo needs its own ledger: --ledger ledger{rank}.json.")
     from lightning_fl.privacy import PrivacyError, SecureAggregation
     from lightning_fl.privacy.secagg import SecureAggregationError
 
@@ -132,9 +137,11 @@ def _keys(args: argparse.Namespace) -> str | None:
 
 @contextmanager
 def _joined(args: argparse.Namespace, questions: Sequence[ask.Question], is_silo: bool) -> Iterator[Group]:
-    """The group of those who ask: the silos of a federation over a network, the ranks of torchrun, or this process."""
+    """The group of participants: the silos of a federation over a network, the ranks of torchrun, or this process."""
     if (args.federation is None) != (args.kit is None):
-        raise ValueError("--federation ADDRESS and --kit FOLDER go together: a silo shows its certificate.")
+        raise ValueError(
+            "Give --federation ADDRESS and --kit FOLDER together: a silo authenticates by its certificate."
+        )
     if args.federation is None:
         from lightning_fl.communication import launched_group
 
@@ -148,7 +155,7 @@ def _joined(args: argparse.Namespace, questions: Sequence[ask.Question], is_silo
         yield group
         return
     if is_silo or args.client is not None:
-        raise ValueError("With --federation this process is one silo, which is a client: give its own file alone.")
+        raise ValueError("With --federation this process is one silo, which is a client. Give only its own file.")
     from lightning_fl.analytics.analysis import describe
 
     try:
@@ -288,7 +295,7 @@ def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise ValueError(f"{text!r} is no number.") from error
+        raise ValueError(f"{text!r} is not a number.") from error
 
 
 def _numbers(text: str, count: int, expected: str) -> Sequence[float]:

@@ -1,4 +1,4 @@
-"""Sets up a run, attacks one of its private steps instead of training, and says what was found."""
+"""Sets up a run, attacks one of its private steps instead of training, and prints the result."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class AuditCLI(FederatedCLI):
         super().__init__(args)
 
     def before_fit(self) -> None:
-        """Audits, prints what was found, and ends the command."""
+        """Audits, prints the result, and ends the command."""
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         private = next((callback for callback in callbacks if isinstance(callback, SampleLevelDP)), None)
         if private is None:
             raise MisconfigurationException(
                 "An audit attacks SampleLevelDP, which is not among trainer.callbacks. Add it to the configuration."
             )
-        # With a target the multiplier is known in training only; any serves to compare what is claimed and proven.
+        # With a target epsilon the multiplier is known in training only; any value serves for the comparison.
         noise_multiplier = private.noise_multiplier or 1.0
         logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it would report on each of the trainings
         found = audit(

@@ -1,4 +1,4 @@
-"""How a module becomes a command: it defines ``add_arguments(parser)`` and ``run(args)``.
+"""Turns a module into a command; it defines ``add_arguments(parser)`` and ``run(args)``.
 
 Its docstring is the command's help: the first paragraph says what the command does, the rest shows examples.
 """
@@ -23,14 +23,14 @@ _STYLES = {
     r"(?m)^  [a-z]+(?=  +\S)": "cyan",
     rf"(?m)^  ({PROGRAM}|torchrun) .*$": "green",
 }
-"""By pattern the colour in a help: headings, options, commands, examples."""
+"""The colour of each pattern in a help text: headings, options, commands, examples."""
 
 
 TOLD_IN_ONE_LINE = {
     *("ConfigurationError", "MisconfigurationException", "Disagreement", "RankLost"),
     *("CallRefused", "NotAdmitted", "PolicyBroken"),
 }
-"""Errors that say all that their reader needs, by name because no light command imports them."""
+"""Errors that need no traceback, by name because light commands don't import them."""
 
 
 def is_told_in_one_line(error: Exception) -> bool:
@@ -39,26 +39,26 @@ def is_told_in_one_line(error: Exception) -> bool:
 
 
 def fail(message: object) -> SystemExit:
-    """Prints a one-line error, once on each machine, and returns the exception to raise, which ends it with code 2."""
+    """Prints a one-line error, once per machine, and returns the exception to raise, which exits with code 2."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{PROGRAM}: error: {message}", file=sys.stderr)
     return SystemExit(2)
 
 
 def command(name: str) -> Callable[[Sequence[str]], None]:
-    """Makes a command of a module of this room: a function of the arguments after the command's name.
+    """Makes a command from a module of this package: a function of the arguments after the command's name.
 
-    The module is imported when the command runs, so that a command which needs no torch does not wait for it.
+    The module is imported when the command runs, so that a command that needs no torch does not wait for its import.
 
-    User errors (``ValueError``, ``OSError``, a missing extra, a wrong configuration) end in one line instead of a
-    traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``, and so does one with
-    ``PASSES_OPTIONS_ON``, which hands them to other processes.
+    User errors (``ValueError``, ``OSError``, a missing extra, a wrong configuration) are printed in one line instead of
+    a traceback. A command with ``SETS_UP_A_RUN`` also accepts the options of ``fit``, and so does one with
+    ``PASSES_OPTIONS_ON``, which passes them to other processes.
     """
 
     def run(words: Sequence[str]) -> None:
         module = load(name)
         sets_up_a_run = getattr(module, "SETS_UP_A_RUN", False)
-        # Such a command runs the user's module and datamodule: an error in those needs its traceback.
+        # Such a command runs the user's module and datamodule, whose errors need a traceback.
         errors = () if sets_up_a_run else (ValueError, OSError, ImportError)
         parser = make_parser(module)
         args, rest = parser.parse_known_args(list(words))
@@ -67,7 +67,7 @@ def command(name: str) -> Callable[[Sequence[str]], None]:
         args.rest = rest
         try:
             module.run(args)
-        except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
             sys.stderr.close()
         except Exception as error:
             if not (isinstance(error, errors) or is_told_in_one_line(error)):
@@ -102,18 +102,18 @@ def make_parser(module: ModuleType) -> argparse.ArgumentParser:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Shows its help in colours, where the terminal has them."""
+    """Shows its help in colours if the terminal supports them."""
 
     def print_help(self, file: Any = None) -> None:
         print_coloured(self.format_help(), file)
 
 
 def print_coloured(text: str, file: Any = None) -> None:
-    """Prints a help with its options, commands and headings in colours; plain, byte by byte, if it is no terminal.
+    """Prints a help text with coloured options, commands and headings; unchanged if the output is not a terminal.
 
     Args:
-        text: The help.
-        file: Where to; None for the standard output.
+        text: The help text.
+        file: The file to print to. None: standard output.
     """
     out = sys.stdout if file is None else file
     if not (hasattr(out, "isatty") and out.isatty()):
@@ -129,10 +129,10 @@ def print_coloured(text: str, file: Any = None) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that cannot be written, before anything else is done. Folders are made below the current one only.
+    """Refuses a file that cannot be written, before any work is done. Creates folders below the current one only.
 
     Raises:
-        ValueError: If the path is a folder, or lies in a folder elsewhere that does not exist.
+        ValueError: If the path is a folder, or is in a folder elsewhere that does not exist.
     """
     if path.is_dir():
         raise ValueError(
@@ -140,5 +140,5 @@ def check_output(path: Path) -> None:
         )
     is_below = Path.cwd() in path.resolve().parents
     if not is_below and not path.parent.is_dir():
-        raise ValueError(f"There is no folder {path.parent}. Make it first (mkdir -p {path.parent}), or name another.")
+        raise ValueError(f"There is no folder {path.parent}. Create it (mkdir -p {path.parent}), or name another.")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,10 +34,11 @@ from rich.table import Table
 from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
 from lightning_fl.tracking.index import write_index
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import Mode, best_metric, mode_of
 from lightning_fl.tracking.tables import markdown_table
 
 MAX_NAME = 48
+MODE_HELP = "whether less or more of the metric is better (default: as ModelCheckpoint monitors it, or by its name)"
 FORMATS = ("table", "csv", "md", "latex")
 Columns = Mapping[str, Sequence[str]]
 
@@ -47,7 +48,7 @@ class Group:
     """Runs that are one row of the table.
 
     Args:
-        name: What the row is called.
+        name: The name of the row.
         runs: At least one run.
     """
 
@@ -58,7 +59,8 @@ class Group:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
-    parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--metric", help="the metric (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--mode", choices=("min", "max"), help=MODE_HELP)
     parser.add_argument("--target", type=float, help="also show the round in which the metric first reached this")
     parser.add_argument("--group-by", metavar="SETTING", help="one row for the runs that share this setting")
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
             known = ", ".join(one.metric_names) or "none: no round has been finished"
             raise ValueError(f"{one.path} has no metric {metric!r}. Its metrics: {known}.")
     groups = make_groups(runs, args.group_by)
-    show(compare(groups, metric, args.target, args.baseline), args.format)
+    show(compare(groups, metric, args.target, args.baseline, args.mode), args.format)
     differing = differences(groups)
     if differing["setting"]:
         print("\nSettings in which they differ:\n" if args.format in ("table", "md") else "")
@@ -105,7 +107,7 @@ def make_groups(runs: Sequence[Run], setting: str | None) -> list[Group]:
         return [Group(name, [one]) for name, one in zip(short_names(runs), runs, strict=True)]
     if not any(setting in one.settings for one in runs):
         known = ", ".join(dict.fromkeys(key for one in runs for key in one.settings))
-        raise ValueError(f"No run has a setting {setting!r} to group by. There are {known}.")
+        raise ValueError(f"No run has a setting {setting!r} to group by. The settings are {known}.")
     values = dict.fromkeys(one.settings.get(setting, "centralised") for one in runs)
     return [
         Group(value, [one for one in runs if one.settings.get(setting, "centralised") == value]) for value in values
@@ -123,14 +125,18 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     return [name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :] for name in names]
 
 
-def compare(groups: Sequence[Group], metric: str, target: float | None, baseline: str | None) -> Columns:
+def compare(
+    groups: Sequence[Group], metric: str, target: float | None, baseline: str | None, mode: Mode | None = None
+) -> Columns:
     """The table: a row for each group, numbers with their deviation where a group has several runs.
 
     Raises:
-        ValueError: If there is no group of the baseline's name.
+        ValueError: If there is no group of the baseline's name, or a target of a metric whose mode is unknown.
     """
-    is_higher = is_higher_better(metric)
     everything = [group.runs for group in groups]
+    mode = mode or mode_of(metric, [one for runs in everything for one in runs])
+    if target is not None and mode is None:
+        raise ValueError(f"Whether more of {metric!r} is better or less is not known; give --mode max or --mode min.")
     columns: dict[str, Sequence[str]] = {"run": [group.name for group in groups]}
     columns["algorithm"] = [", ".join(dict.fromkeys(map(_algorithm, runs))) for runs in everything]
     if any(len(runs) > 1 for runs in everything):
@@ -144,11 +150,16 @@ def compare(groups: Sequence[Group], metric: str, target: float | None, baseline
             raise ValueError(f"There is no row {baseline!r} for --baseline; the rows are {', '.join(names)}.")
         reference = statistics.fmean(last[names.index(baseline)])
         columns["difference"] = [f"{statistics.fmean(values) - reference:+.4g}" for values in last]
-    best = [[_best(one, metric, is_higher) for one in runs] for runs in everything]
-    columns["highest" if is_higher else "lowest"] = [_spread([value for value, _ in pairs], ".4g") for pairs in best]
-    columns["in round"] = [_spread([number for _, number in pairs], ",.4g") for pairs in best]
+    # Where it is not known which of the two is the best, both are shown.
+    for shown in [mode] if mode else ["max", "min"]:
+        best = [[_best(one, metric, shown == "max") for one in runs] for runs in everything]
+        end = "highest" if shown == "max" else "lowest"
+        columns[end] = [_spread([value for value, _ in pairs], ".4g") for pairs in best]
+        columns["in round" if mode else f"{end} in round"] = [
+            _spread([number for _, number in pairs], ",.4g") for pairs in best
+        ]
     if target is not None:
-        reached = [[_reached(one, metric, target, is_higher) for one in runs] for runs in everything]
+        reached = [[_reached(one, metric, target, mode == "max") for one in runs] for runs in everything]
         columns[f"{target:g} in round"] = [_spread(rounds, ",.4g", absent="never") for rounds in reached]
     columns["steps"] = [_spread([one.total("num_steps") or 0 for one in runs], ",.0f") for runs in everything]
     sent = [[(one.total("num_bytes") or 0) / 1e6 for one in runs] for runs in everything]
@@ -178,7 +189,7 @@ def show(columns: Columns, kind: str) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
         is_word = name in ("run", "algorithm", "setting") or "setting" in columns
-        # Words may wrap in a narrow terminal; a number that is cut off would be another number.
+        # Words may wrap in a narrow terminal; a number must not be cut off.
         table.add_column(escape(name), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in zip(*columns.values(), strict=True):
         table.add_row(*map(escape, row))

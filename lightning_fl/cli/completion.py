@@ -28,7 +28,7 @@ _lightning_fl() {{
 }}
 complete -o default -F _lightning_fl {program}
 """
-"""For bash. Where it has no answer, files are completed."""
+"""The script for bash. Without a match, file names are completed."""
 FOR_ZSH = "autoload -U +X compinit && compinit\nautoload -U +X bashcompinit && bashcompinit\n"
 
 

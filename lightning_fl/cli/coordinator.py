@@ -1,8 +1,8 @@
 """Runs the coordinator of a federation of silos on their own machines.
 
-It reads `trainer.strategy` of the training configuration, and nothing else of it: no module, no data, no code of yours.
-Classes from outside lightning_fl are refused unless --allow names their package. federation.yaml says who may take part
-and when rounds open and close.
+It reads only `trainer.strategy` of the training configuration: no module, no data, no code of yours. Classes from
+outside lightning_fl are refused unless --allow names their package. federation.yaml defines who may take part and when
+rounds open and close.
 
 Examples:
   lightning-fl coordinator --config train.yaml --federation federation.yaml
@@ -66,7 +66,7 @@ async def serve(strategy: FederatedStrategy, config: FederationConfig, kit: Any)
     try:
         await task
     except asyncio.CancelledError:
-        print("Ended; started again, it goes on where it was.")
+        print("Stopped. Start it again to continue.")
     finally:
         await server.stop()
 
@@ -104,13 +104,13 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
         allow: Packages besides lightning_fl and torch whose classes it may name.
 
     Raises:
-        ValueError: If it names none, or a class of another package.
+        ValueError: If it has no strategy, or names a class of another package.
     """
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     trainer = content.get("trainer") if isinstance(content, Mapping) else None
     strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
     if not isinstance(strategy, str | Mapping):
-        raise ValueError(f"{path} has no trainer.strategy, which says how the silos train.")
+        raise ValueError(f"{path} has no trainer.strategy. Give the training configuration of the silos.")
     return make_strategy(strategy, allow)
 
 
@@ -131,7 +131,7 @@ def make_object(kind: type[T], content: Mapping[str, Any], allow: Sequence[str] 
     """The object that a configuration describes.
 
     Args:
-        kind: Its class, or one above it.
+        kind: Its class or a base class.
         content: ``class_path`` and ``init_args``.
         allow: Packages besides lightning_fl whose classes it may name.
 
@@ -142,8 +142,8 @@ def make_object(kind: type[T], content: Mapping[str, Any], allow: Sequence[str] 
         package = class_path.partition(".")[0]
         if "." in class_path and package not in ("lightning_fl", *allow):
             raise ValueError(
-                f"The configuration names the class {class_path}: this process runs no code of others. If you trust "
-                f"it, start with --allow {package}."
+                f"The configuration names the class {class_path}, but this process runs only code of lightning_fl. If "
+                f"you trust it, start with --allow {package}."
             )
     from jsonargparse import ArgumentParser
 

@@ -1,4 +1,4 @@
-"""One line for each mistake in a configuration, in place of the tree of alternatives that jsonargparse has tried."""
+"""One line for a mistake in a configuration, instead of the tree of alternatives that jsonargparse tried."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Leaf:
 
     Args:
         depth: Its indentation.
-        keys: The settings on the way to it.
+        keys: The path of settings to it.
         class_path: The class whose settings are wrong, or an empty string.
         text: What is wrong.
     """
@@ -50,10 +50,10 @@ class _Leaf:
 
 
 def in_one_line(message: str) -> str:
-    """The mistake that a message of jsonargparse is about.
+    """Extracts the mistake from a message of jsonargparse.
 
-    A value that may be of several types is refused once for each of them. What was tried in vain on the way, such as
-    "Expected a <class 'str'>" for a class with settings, says nothing; the innermost complaint names the mistake.
+    A value that may have several types is refused once for each of them. Failed alternatives, such as "Expected a
+    <class 'str'>" for a class with settings, are not informative; the innermost error names the mistake.
 
     Args:
         message: The text of an error of jsonargparse.
@@ -68,7 +68,7 @@ def in_one_line(message: str) -> str:
     where = max(told or leaves, key=lambda leaf: leaf.depth)
     if told and not any(leaf.depth > where.depth for leaf in leaves):
         return _sentence(where)
-    # All alternatives are plain types: the value is of none of them.
+    # All alternatives are plain types, and the value has none of them.
     where = max(leaves, key=lambda leaf: leaf.depth)
     types = [found[1] for leaf in leaves if leaf.depth == where.depth and (found := _EXPECTED.match(leaf.text))]
     value = next((found[2] for leaf in leaves if (found := _EXPECTED.match(leaf.text)) and found[2]), None)
@@ -131,7 +131,7 @@ def _settings(class_path: str) -> list[str]:
 
 
 def _closest(word: str, known: Iterable[str]) -> str:
-    """A suggestion, or what there is if it is little."""
+    """A suggestion, or a short list of all options."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
     if close:

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 FORMATS = ("safetensors", "torch", "onnx", "executorch", "hub", "adapter")
-"""Those of :data:`lightning_fl.serving.FORMATS`, which imports torch. A test compares."""
+"""The names of :data:`lightning_fl.serving.FORMATS`, which imports torch. A test compares them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,22 +23,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--to", choices=FORMATS, required=True, help="the format")
     parser.add_argument("--client", help="export the personalised model of this client")
-    parser.add_argument("--merge-adapters", action="store_true", help="make adapters of peft part of their layers")
+    parser.add_argument("--merge-adapters", action="store_true", help="merge peft adapters into their layers")
     parser.add_argument(
         "--out", type=Path, help="the file, or for hub and adapter the folder (default: model.* in this folder)"
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options that say which model it is about."""
+    """Adds the options that select the model."""
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", type=Path, help="a run's folder, or a .ckpt file")
     parser.add_argument("--module", help="the module's class, package.Class, if the run does not name it")
-    parser.add_argument("--base", type=Path, help="a file with the frozen parameters, where the checkpoint has none")
+    parser.add_argument("--base", type=Path, help="a file with the frozen parameters, if the checkpoint has none")
     parser.add_argument("--shape", type=_shape, help="shape of one input example, such as 3,32,32")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Exports and says where the file is."""
+    """Exports, and prints the path of the file."""
     from lightning_fl import serving
     from lightning_fl.serving.loading import read
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     module = serving.load_module(checkpoint, args.module, args.client, args.base)
     inputs = serving.example_inputs(module, checkpoint, args.shape)
     if args.merge_adapters and args.to == "adapter":
-        raise ValueError("Adapters are either merged or written alone: leave out --merge-adapters or --to adapter.")
+        raise ValueError("Adapters are either merged or saved separately. Leave out --merge-adapters or --to adapter.")
     out = args.out or Path("adapter" if args.to == "adapter" else f"model{serving.FORMATS[args.to].suffix}")
     own = {"hub": "config.json", "adapter": "adapter_config.json"}.get(args.to)
     if own is not None and out.is_dir() and not (out / own).exists() and any(out.iterdir()):

@@ -1,6 +1,7 @@
-"""Runs the gateway to devices that train: browsers, phones and boards without torch.
+"""Runs the gateway for devices that train: browsers, phones and boards without torch.
 
-gateway.yaml names the strategy, the file of the training step, and who may train when. Each device has a token.
+gateway.yaml defines the strategy, the file of the training step, and which devices may train when. Each device has a
+token.
 
 Examples:
   lightning-fl gateway --config gateway.yaml --enrol phone-1 phone-2
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("--config", type=Path, required=True, help="gateway.yaml")
-    parser.add_argument("--enrol", nargs="+", metavar="DEVICE", help="take devices in, print their tokens, and end")
-    parser.add_argument("--revoke", nargs="+", metavar="DEVICE", help="take devices out, and end")
+    parser.add_argument("--enrol", nargs="+", metavar="DEVICE", help="enrol devices, print their tokens, and exit")
+    parser.add_argument("--revoke", nargs="+", metavar="DEVICE", help="revoke devices, and exit")
     parser.add_argument("--allow", action="append", default=[], metavar="PACKAGE", help="load classes of this package")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Serves until the process is asked to stop, or changes who the devices are."""
+    """Serves until the process is asked to stop, or enrols or revokes devices."""
     try:
         from lightning_fl.devices.config import read_config
         from lightning_fl.devices.registry import Registry
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def devices_of(config: GatewayConfig) -> Path:
-    """The file with the devices."""
+    """The path of the device registry."""
     return config.devices or config.folder / "devices.json"
 
 
@@ -76,14 +77,14 @@ def make_gateway(config: GatewayConfig, allow: Sequence[str] = ()) -> Gateway:
         "num_clients": strategy.num_clients is not None,
         "clients_per_round": strategy.clients_per_round is not None,
         "partition": strategy.partition is not None,
-        "schedule (it is an entry of its own)": strategy.schedule is not None,
+        "schedule (a separate entry of gateway.yaml)": strategy.schedule is not None,
         "stragglers": strategy.stragglers is not None,
         "personal": bool(strategy.personal),
         "client_optimizer": strategy.client_optimizer != "reset",
     }
     given = [name for name, is_given in ignored.items() if is_given]
     if given:
-        raise ValueError(f"A gateway to devices would ignore {', '.join(given)} of the strategy. Leave it out.")
+        raise ValueError(f"A gateway would ignore {', '.join(given)} of the strategy. Leave it out.")
     seed = strategy.seed or 0
     settings = FederationSettings(
         strategy.algorithm,
@@ -122,4 +123,4 @@ async def serve(config: GatewayConfig, allow: Sequence[str] = ()) -> None:
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
     await ended.wait()
     await server.stop()
-    print("Ended; started again, it goes on where it was.")
+    print("Stopped. Start it again to continue.")

@@ -1,6 +1,6 @@
-"""Writes a first project that runs at once: a module, a datamodule with a small CSV file, YAML, a script for silos.
+"""Writes a first project that runs: a module, a datamodule with a small CSV file, YAML, a script for silos.
 
-Change it piece by piece into your own; its README.md says how.
+Its README.md explains how to adapt it to your own data and model.
 
 Examples:
   lightning-fl init first_federation
@@ -23,7 +23,7 @@ SITES = {"north": (240, 0.15, 0.0), "east": (120, 0.35, 0.4), "south": (90, 0.6,
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("directory", nargs="?", type=Path, default=Path("."), metavar="DIR", help="default: here")
-    parser.add_argument("--force", action="store_true", help="write over files that are there already")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     there = [name for name in files if (args.directory / name).exists()]
     if there and not args.force:
         raise ValueError(
-            f"{args.directory} already has {', '.join(there)}. Name another folder (lightning-fl init DIR), or write "
-            "over them with --force."
+            f"{args.directory} already has {', '.join(there)}. Name another folder (lightning-fl init DIR), or "
+            "overwrite them with --force."
         )
     args.directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def readings() -> str:
-    """Synthetic readings of machines at four sites whose sensors and failure rates differ; the same at every call."""
+    """Synthetic readings of machines at four sites with different sensors and failure rates; the same at every call."""
     rng = np.random.default_rng(0)
     lines = ["site,temperature,vibration,pressure,current,failed"]
     for site, (count, share, shift) in SITES.items():

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     trust = commands.add_parser("trust", help="trust public keys of other silos")
     for action in (create, show, trust):
         action.add_argument("folder", type=Path, help="the folder of the silo's keys")
-    create.add_argument("--force", action="store_true", help="keep an old identity aside, under its fingerprint")
-    create.add_argument("--name", default="", help="a name of the silo for people to read")
+    create.add_argument("--force", action="store_true", help="replace an identity; the old one is kept by fingerprint")
+    create.add_argument("--name", default="", help="a display name of the silo")
     trust.add_argument("public", nargs="+", help="an identity.pub of another silo, or its line in quotes")
 
 

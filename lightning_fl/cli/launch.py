@@ -1,7 +1,7 @@
 """Prints a job file that starts a federation of silos on a cluster: slurm, kubernetes or skypilot.
 
-Nothing is submitted; the first lines of the file say how. Each rank is a silo that reads its own data. All other
-options are passed to `lightning-fl fit`.
+Nothing is submitted; the first lines of the file say how to submit it. Each rank is a silo that reads its own data. All
+other options are passed to `lightning-fl fit`.
 
 Examples:
   lightning-fl launch slurm --silos 3 --config silos.yaml --cpus 8 --time 12:00:00 > job.sh
@@ -33,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", choices=tuple(WRITERS))
     parser.add_argument("--silos", type=int, required=True, help="machines")
     parser.add_argument("--nproc", type=int, default=1, help="ranks on each machine, each a silo (default: 1)")
-    parser.add_argument("--name", default="lightning-fl", help="of the job (default: %(default)s)")
-    parser.add_argument("--cpus", type=int, help="CPU cores for each rank")
-    parser.add_argument("--gpus", help="for each machine: a number; for skypilot a kind, such as A100 or A100:2")
-    parser.add_argument("--time", help="slurm: the limit, such as 12:00:00; the job is requeued before and goes on")
+    parser.add_argument("--name", default="lightning-fl", help="name of the job (default: %(default)s)")
+    parser.add_argument("--cpus", type=int, help="CPU cores per rank")
+    parser.add_argument("--gpus", help="GPUs per machine: a number; for skypilot a type, such as A100 or A100:2")
+    parser.add_argument("--time", help="slurm: time limit, such as 12:00:00; the job is requeued before it and resumes")
     parser.add_argument("--partition", help="slurm: the partition")
     parser.add_argument("--image", help="kubernetes: the container image, as deploy/Dockerfile builds it")
     parser.add_argument("--runtime", help="kubernetes: the training runtime (default: torch-distributed)")
@@ -49,12 +49,12 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, option) is not None and getattr(args, option) < 1:
             raise ValueError(f"--{option} {getattr(args, option)} must be at least 1.")
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", args.name):
-        raise ValueError(f"--name {args.name} must be a name of small letters, digits and hyphens, at most 63.")
+        raise ValueError(f"--name {args.name} must have at most 63 lower-case letters, digits and hyphens.")
     if "--config" not in args.rest:
         raise ValueError("Name the configuration with --config.")
     taken = next((word for word in args.rest if word.partition("=")[0] in OWN), None)
     if taken is not None:
-        raise ValueError(f"{taken} follows from --silos and --nproc.")
+        raise ValueError(f"{taken} is set by --silos and --nproc. Leave it out.")
     of_others = {"time": "slurm", "partition": "slurm", "image": "kubernetes", "runtime": "kubernetes"}
     for option, cluster in of_others.items():
         if getattr(args, option) is not None and args.cluster != cluster:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
 
 def fit(args: argparse.Namespace) -> list[str]:
     """The arguments of ``lightning-fl``."""
-    # Lightning compares them with what has been started.
+    # Lightning compares them with the processes that were started.
     return ["fit", *args.rest, "--trainer.num_nodes", str(args.silos), "--trainer.devices", str(args.nproc)]
 
 
@@ -78,10 +78,10 @@ def slurm(args: argparse.Namespace) -> str:
     """A batch script.
 
     Raises:
-        ValueError: If a time or a number of GPUs is none.
+        ValueError: If a time or a number of GPUs is not valid.
     """
     if args.time is not None and not TIME.fullmatch(args.time):
-        raise ValueError(f"--time {args.time} must be such as 30, 12:00:00 or 2-00:00:00.")
+        raise ValueError(f"--time {args.time} must have a form such as 30, 12:00:00 or 2-00:00:00.")
     if args.partition is not None and not re.fullmatch(r"[\w.,-]+", args.partition):
         raise ValueError(f"--partition {args.partition} is not a partition name.")
     options: dict[str, Any] = {
@@ -94,7 +94,7 @@ def slurm(args: argparse.Namespace) -> str:
         "time": args.time,
         "output": "%x-%j.out",
         "open-mode": "append",
-        # Lightning saves the round's start when the signal comes, and puts the job into the queue again.
+        # On the signal, Lightning saves the round's start and requeues the job.
         "signal": f"SIGUSR1@{SECONDS_BEFORE_REQUEUE}",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
@@ -104,7 +104,7 @@ def slurm(args: argparse.Namespace) -> str:
             "#!/bin/bash",
             *lines,
             "#SBATCH --requeue",
-            "# Submit with: sbatch FILE. Before its time is over the job saves the round's start and is queued again.",
+            "# Submit with: sbatch FILE. Before its time limit the job saves the round's start and is requeued.",
             "set -euo pipefail",
             'export OMP_NUM_THREADS="${SLURM_CPUS_PER_TASK:-1}"',
             f"srun --kill-on-bad-exit=1 {command}",
@@ -114,14 +114,14 @@ def slurm(args: argparse.Namespace) -> str:
 
 
 def kubernetes(args: argparse.Namespace) -> str:
-    """A TrainJob of Kubeflow Trainer, whose runtime tells torchrun about the machines.
+    """A TrainJob of Kubeflow Trainer, whose runtime configures torchrun.
 
     Raises:
-        ValueError: If there is no image, or a number of GPUs is none.
+        ValueError: If there is no image, or the number of GPUs is not valid.
     """
     if args.image is None:
         raise ValueError(
-            "A TrainJob needs --image, which has lightning_fl and your code, as deploy/Dockerfile builds it."
+            "A TrainJob needs --image, an image with lightning_fl and your code, such as deploy/Dockerfile builds."
         )
     needed: dict[str, Any] = {}
     if args.cpus is not None:
@@ -149,7 +149,7 @@ def kubernetes(args: argparse.Namespace) -> str:
 def skypilot(args: argparse.Namespace) -> str:
     """A task of SkyPilot."""
     if args.gpus is not None and not re.fullmatch(r"[A-Za-z][\w-]*(:\d+)?", args.gpus):
-        raise ValueError(f"--gpus {args.gpus} must name a kind for skypilot, such as A100 or A100:2.")
+        raise ValueError(f"--gpus {args.gpus} must name a GPU type for skypilot, such as A100 or A100:2.")
     resources: dict[str, Any] = {}
     if args.cpus is not None:
         resources["cpus"] = f"{args.cpus * args.nproc}+"
@@ -171,7 +171,7 @@ def skypilot(args: argparse.Namespace) -> str:
         "setup": "pip install lightning-fl\n",
         "run": " \\\n  ".join([*where, shlex.join(["-m", "lightning_fl", *fit(args)])]) + "\n",
     }
-    return "# Start with: sky launch FILE. The folder in which you do is copied to every machine.\n" + _yaml(task)
+    return "# Start with: sky launch FILE. The current folder is copied to every machine.\n" + _yaml(task)
 
 
 def _number_of_gpus(args: argparse.Namespace) -> int | None:
@@ -186,7 +186,7 @@ def _yaml(content: dict[str, Any]) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Writes commands of several lines as they are, and equal parts twice."""
+        """Writes multi-line commands as blocks, and repeats equal parts instead of using aliases."""
 
         def ignore_aliases(self, data: Any) -> bool:
             return True

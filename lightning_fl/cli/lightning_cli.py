@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 
 import lightning_fl
-import lightning_fl.models  # YAML files may write its classes without their module, as those of the rooms below
+import lightning_fl.models  # YAML files may name its classes without their module, like those of the imports below
 import lightning_fl.tracking.silo_logger
 from lightning_fl.callbacks import DryRun, FederatedProgressBar, RunRecord
 from lightning_fl.callbacks.run_record import command_line, run_folder
@@ -25,23 +25,23 @@ from lightning_fl.cli.errors import ConfigurationError, in_one_line
 from lightning_fl.cli.words import spell_out_names
 from lightning_fl.strategies import FederatedStrategy
 
-lightning_fl.register()  # in the process of the command line, nothing else does
+lightning_fl.register()  # in a command-line process, no script does
 
 
 class FederatedParser(LightningArgumentParser):
-    """A parser that ends with one line for a wrong configuration."""
+    """A parser that reports a wrong configuration in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises the mistake that ``message`` is about."""
-        if not self.exit_on_error:  # the parser of a class inside; its message becomes a part of the whole one
+        if not self.exit_on_error:  # the parser of a nested class, whose message becomes part of the outer one
             super().error(message, ex)
         raise ConfigurationError(in_one_line(message)) from ex
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the configuration as ``config.yaml`` in the run's folder, and never over a file that it was read from.
+    """Saves the configuration as ``config.yaml`` in the run's folder, but never overwrites its own source.
 
-    A run without a folder, as one without a logger, saves none.
+    A run without a folder, for example without a logger, saves none.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -62,7 +62,7 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class FederatedCLI(LightningCLI):
-    """LightningCLI with this package's strategies, models and datamodules; runs are seeded unless the user says not to.
+    """LightningCLI with this package's strategies, models and datamodules; runs are seeded by default.
 
     Args:
         args: The arguments of the command line. None: those of the process.
@@ -72,7 +72,7 @@ class FederatedCLI(LightningCLI):
         self.words = sys.argv[1:] if args is None else list(args)
         every = super().subcommands()
         only = self.words[0] if self.words and self.words[0] in every else None
-        # Lightning makes the parser of every subcommand, which takes .2 s each; this makes the one that is asked for.
+        # Lightning creates the parsers of all subcommands, 0.2 s each; this creates only the requested one.
         self.subcommands = lambda: every if only is None else {only: every[only]}  # type: ignore[method-assign]
         super().__init__(
             subclass_mode_model=True,
@@ -130,7 +130,7 @@ class FederatedCLI(LightningCLI):
     before_validate = before_predict = before_test
 
     def _find_last(self) -> None:
-        """Looks for ``--ckpt_path last`` among all runs below the logger's folder, not just in this run's new one."""
+        """Finds ``--ckpt_path last`` among all runs below the logger's folder, not just in this run's new one."""
         given = self.config_init[self.subcommand]
         if given.ckpt_path != "last":
             return
@@ -140,7 +140,7 @@ class FederatedCLI(LightningCLI):
             folder = Path(logger.save_dir, str(logger.name or ""))
         found = sorted(folder.rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
         if not found and os.environ.get("RANK", "0") != "0":
-            given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, which rank 0 sends its own file
+            given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, to which rank 0 sends its file
             return
         if not found:
             raise ConfigurationError(
@@ -151,7 +151,7 @@ class FederatedCLI(LightningCLI):
         print(f"checkpoint: {found[-1]}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Predicts, and saves what ``predict_step`` returned, as one tensor if the shapes allow it."""
+        """Predicts, and saves the outputs of ``predict_step``, concatenated into one tensor if the shapes allow it."""
         found = self.trainer.predict(**kwargs)
         if not found:
             return
@@ -172,11 +172,11 @@ class FederatedCLI(LightningCLI):
             print(f"A page about this run: lightning-fl report {records[0].path}")
 
     def before_instantiate_classes(self) -> None:
-        """Refuses unknown strategy names before Lightning does, whose error would not list the federated ones."""
+        """Refuses unknown strategy names before Lightning does, because its error would not list the federated ones."""
         check_strategy_name(self.config[self.subcommand].trainer.strategy)
 
     def instantiate_classes(self) -> None:
-        """Makes the objects of the configuration; settings that their classes refuse are told in one line."""
+        """Creates the objects of the configuration; settings that their classes refuse are reported in one line."""
         try:
             super().instantiate_classes()
         except ValueError as error:

@@ -17,10 +17,10 @@ from lightning_fl.cli.run_help import HELP_ALL, short_help
 
 TRACEBACK = "--traceback"
 RUNS = {
-    "fit": "Trains: all rounds of a federation, or a Trainer without one.",
+    "fit": "Trains all rounds of a federation, or a model without a federation.",
     "validate": "Validates a checkpoint.",
     "test": "Tests a checkpoint.",
-    "predict": "Writes what a checkpoint predicts.",
+    "predict": "Writes the predictions of a checkpoint.",
 }
 """LightningCLI's commands."""
 _NAMES = (
@@ -100,15 +100,15 @@ def overview() -> str:
         for name, text in summaries.items()
     ]
     end = (
-        f"{PROGRAM} COMMAND --help shows a command's options, {PROGRAM} --version the version. Errors of the user are "
-        f"one line; {TRACEBACK} shows where they come from. New here? `{PROGRAM} init DIR` writes a first project."
+        f"{PROGRAM} COMMAND --help shows a command's options, {PROGRAM} --version the version. User errors are one "
+        f"line; {TRACEBACK} shows their traceback. New here? `{PROGRAM} init DIR` writes a first project."
     )
     usage = f"usage: {PROGRAM} COMMAND [options]\n\nFederated learning with a Lightning Trainer.\n\ncommands:"
     return "\n".join([usage, *lines, "", textwrap.fill(end, columns)])
 
 
 def prepare_process() -> None:
-    """Lets configurations name classes in the current folder, as ``python -m`` does, and hides unhelpful warnings."""
+    """Makes classes in the current folder importable, as ``python -m`` does, and hides unhelpful warnings."""
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     # The first two warnings are about code that is not the user's. The third is bad advice for small simulated clients,
@@ -116,7 +116,7 @@ def prepare_process() -> None:
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.* is deprecated", category=FutureWarning)
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", message="The '.*_dataloader' does not have many workers")
-    # A run that goes on from a checkpoint has a folder of its own, by design.
+    # A resumed run has a new folder, by design.
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
     logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     if not any(isinstance(log_filter, _WithoutTips) for log_filter in logger.filters):

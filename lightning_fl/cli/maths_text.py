@@ -1,4 +1,4 @@
-"""Writes the formulas of docstrings for a terminal: ``x ← x + η_s mean_i (y_i - x)`` instead of LaTeX."""
+"""Renders the formulas of docstrings for a terminal: ``x ← x + η_s mean_i (y_i - x)`` instead of LaTeX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SYMBOLS = {
     **{"leftarrow": "←", "sum": "Σ", "nabla": "∇", "in": "∈", "ge": "≥", "sqrt": "√", "bmod": "mod"},
     **dict.fromkeys(["left", "right", "big", "Big"], ""),
 }
-"""By command what is written for it; other commands, such as ``min``, are written as their names."""
+"""The text for each LaTeX command; other commands, such as ``min``, are written as their names."""
 _DIRECTIVE = re.compile(r"^( *)\.\. math::[ ]*(.*(?:\n(?:\1 +.*|(?=\n\1 )))*)", re.MULTILINE)
 _ROLE = re.compile(r":math:`([^`]*)`")
 _ARGUMENT = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
@@ -29,11 +29,11 @@ def readable(text: str) -> str:
 
 
 def plain(latex: str) -> str:
-    """A formula, a line for each of its rows."""
+    """A formula as text, one line per row."""
     text = re.sub(r"\\text\{([^{}]*)\}", lambda found: re.sub(r"``|\\", "", found[1]), " ".join(latex.split()))
     text = re.sub(r"\\(?:mathrm|mathbb)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\bar (\w)", "\\1\u0304", text)
-    for _ in range(2):  # a fraction may stand in a fraction
+    for _ in range(2):  # fractions may be nested
         text = re.sub(rf"\\t?frac{_ARGUMENT}\s*{_ARGUMENT}", _fraction, text)
     text = re.sub(r"\\sqrt\{(\w)\}", r"√\1", text)
     text = re.sub(rf"([_^]){_ARGUMENT}", lambda found: found[1] + _group(found[2]), text)
@@ -55,6 +55,6 @@ def _fraction(found: re.Match[str]) -> str:
 
 
 def _group(text: str) -> str:
-    """In brackets, unless it is one word."""
+    """Adds brackets, except around a single word."""
     text = text.strip()
     return text if re.fullmatch(r"\\?\w+", text) else f"({text})"

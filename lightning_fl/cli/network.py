@@ -1,6 +1,6 @@
-"""Makes the identities of a federation over a network, checks the way to its coordinator, and looks after it.
+"""Creates the identities of a federation over a network, checks connections, and manages its coordinator.
 
-Each silo makes its key where it is used; only a request travels. The authority stays offline.
+Each silo creates its key on its own machine; only a certificate request is sent. The authority stays offline.
 
 Examples:
   lightning-fl network ca init hospitals/ --name demo --host fl.example.org
@@ -25,18 +25,18 @@ ADMIN = "http://127.0.0.1:8444"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     actions = parser.add_subparsers(dest="action", required=True)
-    ca = actions.add_parser("ca", help="make a certificate authority and the coordinator's kit")
+    ca = actions.add_parser("ca", help="create a certificate authority and the coordinator's kit")
     ca.add_argument("verb", choices=["init"])
     ca.add_argument("folder", type=Path)
     ca.add_argument("--name", required=True, help="name of the federation")
     ca.add_argument("--host", action="append", required=True, help="name or address of the coordinator")
-    request = actions.add_parser("request", help="at a silo: make a key and a request for a certificate")
+    request = actions.add_parser("request", help="at a silo: create a key and a certificate request")
     request.add_argument("name", help="name of the silo")
     request.add_argument("--out", type=Path, required=True, help="the silo's kit")
     approve = actions.add_parser("approve", help="at the authority: sign a request")
     approve.add_argument("folder", type=Path, help="the authority")
     approve.add_argument("request", type=Path, help="the request of a silo")
-    approve.add_argument("--days", type=int, default=90, help="how long the certificate holds")
+    approve.add_argument("--days", type=int, default=90, help="validity of the certificate in days")
     revoke = actions.add_parser("revoke", help="at the authority: revoke all certificates of a silo")
     revoke.add_argument("folder", type=Path, help="the authority")
     revoke.add_argument("name", help="name of the silo")
@@ -45,19 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = actions.add_parser("check", help="at a silo: find out why the coordinator can't be reached")
     check.add_argument("address", help="https://host or https://host:port")
     check.add_argument("--kit", type=Path, required=True)
-    status = actions.add_parser("status", help="at the coordinator: show what it does, until Ctrl-C")
+    status = actions.add_parser("status", help="at the coordinator: show its state, until Ctrl-C")
     status.add_argument("--address", default=ADMIN, help=f"the admin port; {ADMIN}")
     status.add_argument("--once", action="store_true", help="show it once")
     export = actions.add_parser("export", help="at the coordinator: write the model as a checkpoint")
     export.add_argument("folder", type=Path, help="the coordinator's folder")
     export.add_argument("checkpoint", type=Path, help="the file to write")
-    audit = actions.add_parser("audit", help="check that an audit log is whole, or show what has left a silo")
+    audit = actions.add_parser("audit", help="check that an audit log is complete, or show what a silo has sent")
     audit.add_argument("verb", choices=["verify", "show"])
     audit.add_argument("file", type=Path)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Does what the action says."""
+    """Runs the action."""
     try:
         _ACTIONS[args.action](args)
     except ModuleNotFoundError as error:
@@ -72,8 +72,8 @@ def _ca(args: argparse.Namespace) -> None:
     Authority.create(args.folder, args.name, args.host)
     if before not in (None, certificate.read_bytes()):
         print(
-            f"{certificate} is new: it holds for {', '.join(args.host)}. Copy it into the kit of the running "
-            "coordinator, which reads it at once; no silo has to do anything."
+            f"{certificate} is new and valid for {', '.join(args.host)}. Copy it into the kit of the running "
+            "coordinator, which reads it immediately; silos don't have to do anything."
         )
     print(
         f"The authority of {args.name!r} is in {args.folder}; keep it offline. The coordinator's kit is "
@@ -86,7 +86,7 @@ def _request(args: argparse.Namespace) -> None:
 
     path = make_request(args.out, args.name)
     print(
-        f"Send {path} to whoever keeps the authority. {args.out / 'key.pem'} never leaves this machine.\n"
+        f"Send {path} to the keeper of the authority. {args.out / 'key.pem'} never leaves this machine.\n"
         f"Fingerprint, to be compared by telephone: {_fingerprint(path)}"
     )
 
@@ -97,7 +97,7 @@ def _approve(args: argparse.Namespace) -> None:
     name, print_of_key, folder = Authority(args.folder).approve(args.request, args.days)
     print(
         f"Approved {name!r} for {args.days} days; fingerprint {print_of_key}\n"
-        f"Send {folder / 'cert.pem'} and {folder / 'ca.pem'} back: they belong into the silo's kit."
+        f"Send {folder / 'cert.pem'} and {folder / 'ca.pem'} back; they belong in the silo's kit."
     )
 
 
@@ -107,7 +107,7 @@ def _revoke(args: argparse.Namespace) -> None:
     number = Authority(args.folder).revoke(args.name)
     print(
         f"Revoked {number} certificates of {args.name!r}. Copy {args.folder / 'crl.pem'} into the coordinator's kit; a "
-        "running coordinator reads it at once."
+        "running coordinator reads it immediately."
     )
 
 
@@ -116,7 +116,7 @@ def _renew(args: argparse.Namespace) -> None:
 
     path = make_request(args.kit, Kit(args.kit).name)
     print(
-        f"Send {path} to whoever keeps the authority, and put the new cert.pem into {args.kit}: a running silo reads "
+        f"Send {path} to the keeper of the authority, and put the new cert.pem into {args.kit}: a running silo reads "
         "it at its next connection."
     )
 
@@ -153,7 +153,7 @@ def _status(args: argparse.Namespace) -> None:
     from rich.live import Live
 
     def ask() -> Any:
-        # Not through a proxy: the admin port is on this machine.
+        # Bypass proxies, because the admin port is on this machine.
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(f"{args.address}/status", timeout=5) as response:
             return _table(json.load(response))
@@ -196,7 +196,7 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _sent(path: Path) -> Any:
-    """What has left the building, for the privacy officer."""
+    """A table of everything that the silo has sent, for the privacy officer."""
     import json
 
     from rich.markup import escape

@@ -1,4 +1,4 @@
-"""Shows who has what before training: the clients, their sizes and labels, and how much they differ.
+"""Shows the partition before training: the clients, their sizes and labels, and how much they differ.
 
 It takes the configuration and options of `lightning-fl fit`, sets the run up as `fit` would, and stops before training.
 Labels come from the data set's `targets` or `labels` or the last tensor of a TensorDataset; otherwise every sample is
@@ -24,14 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.usage = "lightning-fl partition --config CONFIG [any option of fit] [--out PNG] [--max-clients N]"
     parser.add_argument("--config", action="append", metavar="CONFIG", help="a configuration as for `fit`")
-    parser.add_argument("--out", type=Path, default=Path("partition.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("partition.png"), help="the figure (default: %(default)s)")
     parser.add_argument(
-        "--max-clients", type=int, default=1000, help="look at no more than this many (default: %(default)s)"
+        "--max-clients", type=int, default=1000, help="read at most this many clients (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table and writes the picture."""
+    """Prints the table and writes the figure."""
     if args.max_clients < 1:
         raise fail(f"--max-clients {args.max_clients} must be at least 1.")
     try:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         return
     show(look.summary, Console())
     if not plots.is_available():
-        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
+        print('The figure needs matplotlib: pip install "lightning-fl[tracking]"')
         return
     args.out.write_bytes(plots.as_png(plots.partition_figure(look.summary)))
     print(f"picture: {args.out}")

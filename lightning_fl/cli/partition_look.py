@@ -1,4 +1,4 @@
-"""Sets up a run, looks at its clients instead of training them, and says what was found."""
+"""Sets up a run, and summarises its partition instead of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_COLUMNS = 12
 
 
 class PartitionCLI(FederatedCLI):
-    """Sets up a run and looks at its clients instead of training them.
+    """Sets up a run, and summarises its partition instead of training.
 
     Args:
         args: The arguments of the command line.
@@ -33,10 +33,10 @@ class PartitionCLI(FederatedCLI):
         super().__init__(args)
 
     def before_fit(self) -> None:
-        """Takes out everything that would write files or validate."""
+        """Removes everything that would write files or validate."""
         if not isinstance(self.trainer.strategy, FederatedStrategy):
             raise MisconfigurationException(
-                f"A partition is between clients, but the strategy is {type(self.trainer.strategy).__name__}. "
+                f"A partition needs clients, but the strategy is {type(self.trainer.strategy).__name__}. "
                 "Add --trainer.strategy fedavg."
             )
         self.trainer.num_sanity_val_steps = 0
@@ -48,7 +48,7 @@ class LookAtPartition(L.Callback):
     """Summarises the partition and stops the Trainer before the first batch.
 
     Args:
-        max_clients: Number of clients to look at.
+        max_clients: Maximum number of clients to read.
     """
 
     def __init__(self, max_clients: int) -> None:
@@ -56,7 +56,7 @@ class LookAtPartition(L.Callback):
         self.summary: PartitionSummary | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Summarises the partition; a collective call, because silos each look at their own data."""
+        """Summarises the partition; a collective call, because each silo reads its own data."""
         trainer.should_stop = True
         assert isinstance(trainer.strategy, FederatedStrategy)
         strategy = trainer.strategy
@@ -74,10 +74,10 @@ class LookAtPartition(L.Callback):
 
 
 def show(summary: PartitionSummary, console: Console) -> None:
-    """Prints the partition: a row per client, then the facts."""
+    """Prints the partition: a row per client, then sizes and heterogeneity."""
     shows_labels = 0 < len(summary.labels) <= MAX_COLUMNS
     columns = list(summary.labels) if shows_labels else []
-    console.print("Who has what: examples of each label" if shows_labels else "Who has what")
+    console.print("Partition: examples of each label" if shows_labels else "Partition")
     table = Table()
     table.add_column("client")
     for column in ("examples", *columns):
@@ -96,7 +96,7 @@ def show(summary: PartitionSummary, console: Console) -> None:
 def facts(summary: PartitionSummary) -> list[str]:
     """Sizes and heterogeneity in words, one line each."""
     sizes = summary.known_sizes
-    shown = "" if len(summary.ids) == summary.num_clients else f", {len(summary.ids):,} of them looked at"
+    shown = "" if len(summary.ids) == summary.num_clients else f", {len(summary.ids):,} of them read"
     lines = [f"clients: {summary.num_clients:,}{shown}"]
     if sizes:
         median = sorted(sizes)[len(sizes) // 2]
@@ -110,7 +110,7 @@ def facts(summary: PartitionSummary) -> list[str]:
             f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f})"
         )
     else:
-        lines.append("label skew: unknown, since the data holds no labels that can be counted")
+        lines.append("label skew: unknown, since the data has no labels that can be counted")
     return lines
 
 

@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _sampling(rate: float | None, cohort: int | None, clients: int | None, local: bool) -> Sampling:
     if local and (rate is not None or cohort is not None):
-        raise ValueError("--local counts the rounds in which a client takes part; --rate and --cohort do not matter")
+        raise ValueError("--local counts the rounds in which a client takes part; leave out --rate and --cohort")
     if rate is not None and cohort is not None:
-        raise ValueError("--rate is for Poisson cohorts, --cohort for fixed ones; give one of them")
+        raise ValueError("--rate is for Poisson cohorts, --cohort for fixed ones; give only one of them")
     if rate is not None:
         return Full() if rate == 1 else Poisson(rate)
     if cohort is None:
@@ -89,6 +89,6 @@ def _table(noise_multiplier: float, sampling: Sampling, rounds: int, delta: floa
 
 
 def _counts(rounds: int) -> list[int]:
-    """1, 10, 100, ... and the last, with its half before."""
+    """1, 10, 100, ..., half of the last, and the last."""
     powers = [10**exponent for exponent in range(len(str(max(rounds, 1)))) if 10**exponent < rounds]
     return sorted({*powers, max(rounds // 2, 1), rounds})

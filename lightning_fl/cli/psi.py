@@ -1,7 +1,7 @@
 """Finds the ids that all parties share, without revealing any others, and writes each party's rows in the same order.
 
 Each party starts it with its own table; {rank} in file names stands for the party's number. Rows at the same position
-of the files that are written belong to the same id.
+of the written files belong to the same id.
 
 Examples:
   lightning-fl psi party0.csv --id patient --out aligned0.csv   (under torchrun or with its variables)
@@ -20,9 +20,9 @@ from lightning_fl.cli.command import check_output
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("table", help="this party's .csv, .csv.gz or .parquet file")
-    parser.add_argument("--id", required=True, metavar="COLUMN", help="the column of ids, each of which stands once")
-    parser.add_argument("--out", metavar="FILE", help="where this party's shared rows are written, as CSV")
-    parser.add_argument("--cardinality", action="store_true", help="find only how many ids all parties have")
+    parser.add_argument("--id", required=True, metavar="COLUMN", help="the column of ids, without duplicates")
+    parser.add_argument("--out", metavar="FILE", help="the CSV file for this party's shared rows")
+    parser.add_argument("--cardinality", action="store_true", help="find only the number of shared ids")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 """Lists the recipes that come with the package, shows one, or copies it to the current folder.
 
-A recipe is a YAML file for `lightning-fl fit`; its header holds the exact command, the number to expect and the time.
+A recipe is a YAML file for `lightning-fl fit`; its header has the exact command, the expected number and the time.
 
 Examples:
   lightning-fl recipes
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", choices=("list", "show", "copy"), default="list")
     parser.add_argument("name", nargs="?", help="a recipe's name, for show and copy")
     parser.add_argument("to", nargs="?", type=Path, default=Path("."), help="where to copy it (default: here)")
-    parser.add_argument("--force", action="store_true", help="copy over a file that is there already")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,13 +50,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def recipes_directory() -> Path:
-    """The folder of the recipes: inside an installed package, beside the package in a checkout."""
+    """The folder of the recipes: inside an installed package, next to the package in a checkout."""
     package = Path(lightning_fl.__file__).parent
     return package / "recipes" if (package / "recipes").is_dir() else package.parent / "recipes"
 
 
 def commands(recipe: Path, copy: Path) -> list[str]:
-    """The commands of a recipe's header, with the copies in place of the recipe and of the script it needs."""
+    """The commands of a recipe's header, with the paths of the copied recipe and script."""
     lines = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#   ")]
     starts = ("lightning-fl", "torchrun", "for", "pip", "python")
     found = [line.lstrip("# ") for line in lines if line.lstrip("# ").split(" ")[0] in starts]
@@ -67,7 +67,7 @@ def commands(recipe: Path, copy: Path) -> list[str]:
 
 
 def scripts(recipe: Path) -> list[Path]:
-    """The scripts that a recipe's header runs; they lie beside it."""
+    """The scripts that a recipe's header runs, in the same folder."""
     return [path for path in sorted(recipe.parent.glob("*.py")) if f"recipes/{path.name}" in recipe.read_text("utf-8")]
 
 
@@ -87,7 +87,7 @@ def find_recipe(name: str) -> Path:
     if stem not in found:
         close = difflib.get_close_matches(stem, found, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"There is no recipe {name!r}; there are {', '.join(found)}.{hint}")
+        raise ValueError(f"There is no recipe {name!r}; the recipes are {', '.join(found)}.{hint}")
     return found[stem]
 
 

@@ -1,4 +1,4 @@
-"""Writes a self-contained HTML page about a run: it needs no other file and no network.
+"""Writes a self-contained HTML page about a run, which needs no other file and no network.
 
 A run is the folder that `lightning-fl fit` has written, such as logs/digits_fedavg/version_0; in a folder of several
 runs, the last one counts, and index.html gets a row for each. The run may still be in progress.

@@ -1,4 +1,4 @@
-"""The short help of ``fit``, ``validate``, ``test`` and ``predict``: their commonest options, without Lightning."""
+"""The short help of ``fit``, ``validate``, ``test`` and ``predict``: their most common options, without Lightning."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _EVERY_RUN = {
 _FIT = {
     "--trainer.max_epochs N": "The number of rounds.",
     "--trainer.strategy NAME": f"An algorithm (`{PROGRAM} algorithms` lists them); auto: train without a federation.",
-    "--trainer.strategy.algorithm NAME": "Another algorithm, with all other settings of the strategy as they are.",
+    "--trainer.strategy.algorithm NAME": "Another algorithm, with all other settings of the strategy unchanged.",
     "--trainer.strategy.algorithm.NAME VALUE": "A hyper-parameter of the algorithm.",
     "--trainer.strategy.local_epochs N": "Passes of a client over its data in a round; or local_steps.",
     "--trainer.strategy.clients_per_round N": "Clients in a round: a number such as 10, or a share such as 0.1.",
     "--trainer.strategy.num_clients N": "Simulated clients among whom the data is split.",
     "--trainer.devices N": "Processes on this machine that share the clients.",
-    "--dry-run": "Show who would train where and what a round would send, and stop.",
+    "--dry-run": "Show which clients would train on which rank and what a round would send, and stop.",
 }
 _EXAMPLES = {
     "fit": (
@@ -40,14 +40,14 @@ _EXAMPLES = {
 
 
 def short_help(name: str, description: str) -> str:
-    """What a command of LightningCLI does, its commonest options and examples.
+    """The purpose of a LightningCLI command, its most common options, and examples.
 
     Args:
         name: The command.
-        description: What it does, in one line.
+        description: Its purpose, in one line.
     """
     options = _EVERY_RUN | (_FIT if name == "fit" else {})
-    options[HELP_ALL] = "Every option of Lightning's Trainer too; takes some seconds."
+    options[HELP_ALL] = "Show all options, including those of Lightning's Trainer; takes some seconds."
     lines = []
     for option, text in options.items():
         filled = textwrap.wrap(text, 76)

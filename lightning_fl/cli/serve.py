@@ -1,8 +1,8 @@
 """Serves the model of a run or a checkpoint over HTTP: POST /predict, GET /health, GET /metrics.
 
-The body is {"inputs": [example, ...]}; the answer is {"outputs": ..., "round": ..., "model": ...}. Inputs of another
+The body is {"inputs": [example, ...]}; the response is {"outputs": ..., "round": ..., "model": ...}. Inputs of another
 shape get status 400, a client without a model 404. With --watch the next round's checkpoint replaces the model while
-the server keeps answering. There is no authentication: put it behind your own proxy.
+the server keeps running. There is no authentication: put it behind your own proxy.
 
 Examples:
   lightning-fl serve lightning_logs/version_0 --watch
@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", choices=("127.0.0.1", "0.0.0.0", "::"), help="(%(default)s)")
     parser.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=1, help="processes that compute (default: %(default)s)")
-    parser.add_argument("--max-requests", type=int, help="that wait at once; others get status 503 (default: 256)")
-    parser.add_argument("--clients", action="store_true", help="answer with a client's model where X-Client names one")
-    parser.add_argument("--watch", action="store_true", help="take each new checkpoint that replaces the file")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes (default: %(default)s)")
+    parser.add_argument("--max-requests", type=int, help="maximum of pending requests; others get 503 (default: 256)")
+    parser.add_argument("--clients", action="store_true", help="answer with a client's model if X-Client names one")
+    parser.add_argument("--watch", action="store_true", help="reload the checkpoint when its file is replaced")
     parser.add_argument("--canary", type=Path, help="another checkpoint of the same module, for a share of requests")
     parser.add_argument("--share", type=float, help="the canary's share, chosen by X-Request-Id (default: 0.1)")
 
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     from lightning_fl.serving.models import ServedModels
 
     if args.share is not None and args.canary is None:
-        raise ValueError("--share is the canary's; name its checkpoint with --canary.")
+        raise ValueError("--share is the canary's share; name the canary's checkpoint with --canary.")
     share = 0.1 if args.share is None else args.share
     if not 0 <= share <= 1:
         raise ValueError(f"--share {share} must be from 0 to 1.")
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     if args.max_requests is not None and args.max_requests < 1:
         raise ValueError(f"--max-requests {args.max_requests} must be at least 1.")
     checkpoint = serving.find_checkpoint(args.run)
-    # Loaded here first, so that what is wrong is told in one line rather than by a worker's traceback.
+    # Loaded here first, so that errors are reported in one line rather than by a worker's traceback.
     module = serving.load_module(checkpoint, args.module, base=args.base)
     serving.example_inputs(module, checkpoint, args.shape)
     models = ServedModels(module, checkpoint, args.canary, share)

@@ -4,7 +4,7 @@ All other options are passed to `lightning-fl fit`. Each run has a folder of its
 with the unfinished runs when it is started again, and more seeds or values may be added. At the end the folder holds
 table.csv, table.md, table.tex, curves.png, and index.html with all runs side by side.
 
---vary tries every combination of values. --tune searches for the best ones with Optuna instead, within NAME=LOW:HIGH,
+--vary tries every combination of values. --tune searches for the best ones with Optuna, within NAME=LOW:HIGH,
 NAME=LOW:HIGH:log or a list NAME=A,B.
 
 Examples:
@@ -28,7 +28,7 @@ from lightning_fl.cli.compare import Group
 from lightning_fl.cli.sweep_runs import Point, SweepRun
 from lightning_fl.tracking import Run, plots
 from lightning_fl.tracking.index import write_index
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of, mode_of_name
 from lightning_fl.tracking.run import write_file
 
 if TYPE_CHECKING:
@@ -45,17 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("--seeds", default="0", help="such as 0,1,2 (default: %(default)s)")
     parser.add_argument("--vary", action="append", default=[], metavar="OPTION=A,B", help="values of an option of fit")
-    parser.add_argument("--tune", action="append", default=[], metavar="OPTION=LOW:HIGH", help="where to look for one")
-    parser.add_argument("--trials", type=int, help="how many settings --tune tries (default: 20)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
+    parser.add_argument(
+        "--tune", action="append", default=[], metavar="OPTION=LOW:HIGH", help="search range of an option"
+    )
+    parser.add_argument("--trials", type=int, help="number of settings that --tune tries (default: 20)")
+    parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: %(default)s)")
     parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--mode", choices=("min", "max"), help=compare.MODE_HELP)
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
     parser.add_argument("--format", choices=compare.FORMATS, default="table", help="how to print (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sweep"), help="the folder (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains what is not trained, then compares."""
+    """Trains the unfinished runs, then compares all."""
     seeds = _seeds(args.seeds)
     if args.jobs < 1:
         raise ValueError(f"--jobs {args.jobs} must be at least 1.")
@@ -91,7 +94,7 @@ def _runs(args: argparse.Namespace, seeds: Sequence[int], point: Point) -> list[
 
 def _trained(args: argparse.Namespace, seeds: Sequence[int], points: Sequence[Point]) -> list[Group]:
     """A group for each point, with its seeds that have finished."""
-    # Seed by seed, so that a sweep that is stopped has something of everything.
+    # Seed by seed, so that a stopped sweep has some runs of every point.
     by_point = [_runs(args, seeds, point) for point in points]
     everything = [one for together in zip(*by_point, strict=True) for one in together]
     told = 0
@@ -114,7 +117,7 @@ def summarise(groups: Sequence[Group], args: argparse.Namespace) -> None:
     """Prints the table, and writes it with the curves and the page of all runs."""
     runs = [one for group in groups for one in group.runs]
     metric = args.metric or best_metric(runs)
-    columns = compare.compare(groups, metric, None, args.baseline)
+    columns = compare.compare(groups, metric, None, args.baseline, args.mode)
     compare.show(columns, args.format)
     for kind, name in TABLES.items():
         write_file(args.out / name, compare.as_text(columns, kind))
@@ -129,12 +132,12 @@ def summarise(groups: Sequence[Group], args: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Range:
-    """Where to look for the value of an option.
+    """The search range of an option.
 
     Args:
         low: The lowest value.
-        high: The highest.
-        is_log: Whether all orders of magnitude are as likely.
+        high: The highest value.
+        is_log: Whether values are drawn uniformly on a logarithmic scale.
     """
 
     low: float
@@ -142,17 +145,17 @@ class Range:
     is_log: bool
 
     def suggest(self, trial: Trial, name: str) -> str:
-        """A value as text; a whole number if both ends are."""
+        """A value as a string; an integer if both ends are."""
         if isinstance(self.low, int) and isinstance(self.high, int):
             return str(trial.suggest_int(name, self.low, self.high, log=self.is_log))
         return f"{trial.suggest_float(name, self.low, self.high, log=self.is_log):.6g}"
 
 
 def parse_space(text: str) -> tuple[str, Range | list[str]]:
-    """An option and where to look for its value, from ``name=low:high``, ``name=low:high:log`` or ``name=a,b``.
+    """An option and its search range, from ``name=low:high``, ``name=low:high:log`` or ``name=a,b``.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the text has another form.
     """
     name, _, values = text.partition("=")
     ends = values.split(":")
@@ -169,16 +172,17 @@ def parse_space(text: str) -> tuple[str, Range | list[str]]:
 
 
 def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
-    """Looks for the best settings with Optuna, whose journal in the sweep's folder lets it go on.
+    """Searches for the best settings with Optuna; its journal in the sweep's folder allows resuming.
 
-    What counts is the mean of the metric in the last round over the seeds.
+    The objective is the mean over the seeds of the metric in the last round.
 
     Returns:
         A group for each setting that was tried, the best first.
 
     Raises:
         ImportError: If Optuna is not installed.
-        ValueError: If there is no metric, or a range is none.
+        ValueError: If there is no metric, it is not known in which direction it gets
+            better, or a range is not valid.
     """
     try:
         import optuna
@@ -186,18 +190,22 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
     except ImportError as error:
         raise ImportError('--tune needs Optuna: pip install "lightning-fl[sweep]"') from error
     if args.metric is None:
-        raise ValueError("--tune needs to know what to look for: give --metric, such as --metric val_acc.")
+        raise ValueError("--tune needs an objective: give --metric, such as --metric val_acc.")
     space = dict(map(parse_space, args.tune))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(args.out / JOURNAL)))
-    is_higher = is_higher_better(args.metric)
+    mode = args.mode or mode_of_name(args.metric)
+    if mode is None:
+        raise ValueError(
+            f"Whether more of {args.metric!r} is better or less is not known; give --mode max or --mode min."
+        )
     study = optuna.create_study(
-        study_name=f"{args.metric} of {sorted(args.tune)} with seeds {seeds}",
+        study_name=f"{mode} {args.metric} of {sorted(args.tune)} with seeds {seeds}",
         storage=storage,
-        direction="maximize" if is_higher else "minimize",
+        direction=f"{mode}imize",
         load_if_exists=True,
     )
-    # A study that goes on draws other numbers than at its beginning.
+    # A resumed study draws different numbers than at its beginning.
     study.sampler = optuna.samplers.TPESampler(seed=seeds[0] + len(study.trials))
     state = optuna.trial.TrialState
     for stopped in study.get_trials(states=(state.RUNNING,)):  # its seeds that have finished are kept
@@ -231,9 +239,14 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
                 study.tell(trial, state=state.FAIL)
                 continue
             groups[group.name] = group
+            if args.mode is None and mode_of(args.metric, group.runs) != mode:
+                raise ValueError(
+                    f"By its name the {mode} of {args.metric!r} is the best, but the runs' ModelCheckpoint has the "
+                    "other mode. Give --mode, or correct the checkpoint's mode."
+                )
             study.tell(trial, _mean(group, args.metric))
         tried += together
-    best_first = sorted(groups.values(), key=lambda group: _mean(group, args.metric), reverse=is_higher)
+    best_first = sorted(groups.values(), key=lambda group: _mean(group, args.metric), reverse=mode == "max")
     if best_first:
         print(f"best: {best_first[0].name}")
     return best_first

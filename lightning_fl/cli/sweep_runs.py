@@ -1,4 +1,4 @@
-"""The runs of a sweep: which there are, where each is kept, and how several train at once."""
+"""The runs of a sweep: their settings and folders, and training of several at once."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ LOGGER = "lightning.pytorch.loggers.CSVLogger"
 MAX_NAME = 60
 
 Point = Mapping[str, str]
-"""By option of ``fit``, without its dashes, the value that a run has."""
+"""The value of each option of ``fit``, by its name without dashes."""
 
 
 def parse_choices(text: str) -> tuple[str, list[str]]:
     """An option and its values, from ``name=a,b,c``, or ``name=[[1, 2], [3]]`` for values with commas.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If the text has another form.
     """
     name, _, values = text.partition("=")
     found: object = None
@@ -53,7 +53,8 @@ def parse_choices(text: str) -> tuple[str, list[str]]:
     )
     if not name or not all(chosen) or len(set(chosen)) < len(chosen):
         raise ValueError(
-            f"{text!r} names no values to try; write OPTION=A,B, such as trainer.strategy=fedavg,fedprox, each once."
+            f"{text!r} names no values to try; expected OPTION=A,B without duplicates, such as "
+            "trainer.strategy=fedavg,fedprox."
         )
     return name.removeprefix("--"), chosen
 
@@ -64,14 +65,14 @@ def grid(choices: Mapping[str, Sequence[str]]) -> list[Point]:
 
 
 def label(point: Point) -> str:
-    """What a point is called in tables: its values, the last part of each option before them if there are several."""
+    """The name of a point in tables: its values, prefixed by the last part of each option if there are several."""
     if len(point) == 1:
         return next(iter(point.values()))
     return ", ".join(f"{name.rpartition('.')[2]}={value}" for name, value in point.items()) or "as configured"
 
 
 def folder_name(point: Point) -> str:
-    """A folder of its own for each point, whose name tells it as far as a file system allows."""
+    """The folder name of a point, which describes it as far as the file system allows."""
     text = label(point).replace(", ", ",")
     safe = re.sub(r"[^\w.,=+-]", "_", text)[:MAX_NAME]
     return safe if safe == text else f"{safe}-{hashlib.blake2b(text.encode(), digest_size=3).hexdigest()}"
@@ -84,7 +85,7 @@ class SweepRun:
     Args:
         point: Its settings.
         seed: Its seed.
-        folder: Its folder, whose record tells whether it is finished.
+        folder: Its folder, whose record shows whether it is finished.
         common: The options of ``fit`` that all runs share.
     """
 
@@ -99,28 +100,28 @@ class SweepRun:
         varied = [word for name, value in self.point.items() for word in (f"--{name}", value)]
         logger = ["--trainer.logger", LOGGER, "--trainer.logger.save_dir", str(self.folder.parent)]
         logger += ["--trainer.logger.name", self.folder.name, "--trainer.logger.version", ""]
-        # A configuration that is varied comes first, because later options count.
+        # A varied configuration file comes first, because later options override it.
         first = [*varied, *self.common] if "config" in self.point else [*self.common, *varied]
         quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
         return ["fit", *first, *quiet, "--seed_everything", str(self.seed), *logger]
 
     @property
     def is_finished(self) -> bool:
-        """Whether it needs no training any more."""
+        """Whether its training is finished."""
         return (self.folder / RUN_FILE).is_file() and Run.read(self.folder).facts.get("status") == "finished"
 
     def __str__(self) -> str:
-        """As the user is told of it."""
+        """Its name in messages to the user."""
         return f"{label(self.point)}, seed {self.seed}"
 
 
 def train(run: SweepRun, threads: int) -> None:
-    """Trains in a process of its own, whose output goes to a file of the run's folder.
+    """Trains in a separate process, whose output goes to a file in the run's folder.
 
     Raises:
         ValueError: If it ends with an error; the message has its last line.
     """
-    # What a run that was stopped has left is no part of one that starts anew.
+    # Remove the remains of a stopped run before starting it again.
     shutil.rmtree(run.folder, ignore_errors=True)
     run.folder.mkdir(parents=True)
     log = run.folder / LOG_FILE
@@ -140,12 +141,12 @@ def train(run: SweepRun, threads: int) -> None:
 def train_all(
     runs: Sequence[SweepRun], jobs: int, tell: Callable[[SweepRun, float | None, Exception | None], None]
 ) -> list[SweepRun]:
-    """Trains those that are not finished, several at once; one that fails does not stop the others.
+    """Trains the unfinished runs, several at once; a run that fails does not stop the others.
 
     Args:
         runs: All runs.
-        jobs: How many train at once.
-        tell: Called for each with its seconds (None if it was finished before) and its error.
+        jobs: Number of parallel runs.
+        tell: Called for each run with its seconds (None if it was finished before) and its error.
 
     Returns:
         The finished ones.
@@ -173,7 +174,7 @@ def train_all(
                 done.append(run)
                 tell(run, seconds, None)
         finally:
-            for future in waiting:  # after Ctrl-C none of them begins
+            for future in waiting:  # after Ctrl-C no further run starts
                 future.cancel()
     return [run for run in runs if run in done]
 
@@ -182,7 +183,7 @@ def train_all(
 def claimed(folder: Path, common: Sequence[str]) -> Iterator[None]:
     """A block in which no other process runs a sweep in the folder.
 
-    What all its runs share is noted there, so that no run of another sweep is taken for one of this.
+    The options that all its runs share are recorded there, to detect runs of another sweep.
 
     Raises:
         ValueError: If the folder belongs to another sweep, or the same sweep runs there already.

@@ -17,17 +17,16 @@ _SETTING = re.compile(rf"{STRATEGY}\.(?:init_args\.)?(?P<name>\w+)(?P<of_it>\.[\
 
 
 def spell_out_names(words: Sequence[str]) -> list[str]:
-    """Writes the class of a strategy and of an algorithm in place of their names, where settings of theirs follow.
+    """Replaces the names of a strategy and an algorithm by their classes if their settings follow.
 
-    jsonargparse takes a name for a text, which has no settings: ``--trainer.strategy fedprox`` with
-    ``--trainer.strategy.algorithm.mu 0.1`` would be an error. The names may also stand in the files given by
-    ``--config``.
+    jsonargparse treats a name as a string, which has no settings: ``--trainer.strategy fedprox`` with
+    ``--trainer.strategy.algorithm.mu 0.1`` would be an error. The names may also be in the files given by ``--config``.
 
     Args:
-        words: The words of the command line.
+        words: The arguments of the command line.
 
     Returns:
-        The same words, with the classes before the first setting.
+        The same arguments, with the classes before the first setting.
     """
     words = [part for word in words for part in _split(word)]
     strategy, algorithm = _from_files(words)
@@ -60,13 +59,13 @@ def _split(word: str) -> list[str]:
 
 
 def _without(words: list[str], option: str) -> list[str]:
-    """The words without an option and the value after it."""
+    """The arguments without an option and its value."""
     places = {place for at, word in enumerate(words) if word == option for place in (at, at + 1)}
     return [word for at, word in enumerate(words) if at not in places]
 
 
 def _from_files(words: Sequence[str]) -> tuple[Any, Any]:
-    """The strategy and algorithm of the configuration files; a later file counts for an earlier one."""
+    """The strategy and algorithm of the configuration files; later files override earlier ones."""
     strategy: Any = None
     algorithm: Any = None
     for option, value in pairwise(words):

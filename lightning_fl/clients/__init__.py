@@ -1,4 +1,4 @@
-"""Who takes part: population, cohorts, placement on ranks, client states."""
+"""Population, cohorts, local work, placement on ranks, and client states."""
 
 from lightning_fl.clients.cohorts import Cohort, CohortSampling, Poisson, RoundRobin, Sampling, Uniform, cohort_size
 from lightning_fl.clients.durations import Durations, FixedDurations, Lognormal, Measured, as_durations

@@ -53,7 +53,7 @@ def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
 
 @dataclass(frozen=True)
 class CohortSampling:
-    """A description of how a federation draws its cohorts, as :meth:`Cohort.sampling` returns it.
+    """Describes how a federation draws its cohorts; returned by :meth:`Cohort.sampling`.
 
     Not to be confused with :class:`lightning_fl.privacy.Sampling`, which describes draws for privacy accounting.
 
@@ -61,9 +61,10 @@ class CohortSampling:
         kind: ``"full"``: all clients in each round; ``"fixed"``: a fixed number, uniformly without replacement;
             ``"poisson"``: each client independently with probability ``rate``; ``"other"``: anything else.
         num_clients: Number of clients in the federation.
-        size: Clients in a round; the expected number for ``"poisson"``.
+        size: Number of clients in a round; the expected number for ``"poisson"``.
         rate: Share of the federation's clients in a round; for ``"poisson"`` and ``"fixed"`` each client's probability.
-        separation: The fewest rounds from one in which a client takes part to its next. 1: it may be the next.
+        separation: Minimum number of rounds from one participation of a client to its next. 1: it may take part in
+            consecutive rounds.
     """
 
     kind: Literal["full", "fixed", "poisson", "other"]
@@ -80,7 +81,7 @@ Sampling = CohortSampling
 class Cohort(ABC):
     """Draws the clients of each round, as a pure function of the round and the random generator it gets.
 
-    For a cohort of your own, derive a frozen dataclass and override :meth:`draw`. How many clients take part is the
+    For a cohort of your own, derive a frozen dataclass and override :meth:`draw`. The number of clients is the
     strategy's ``clients_per_round``.
     """
 
@@ -88,7 +89,7 @@ class Cohort(ABC):
     """Whether to draw from the operating system's randomness; such cohorts cannot be reproduced."""
 
     def check(self, clients_per_round: ClientsPerRound) -> None:
-        """Makes sure that the strategy's ``clients_per_round`` fits this cohort.
+        """Checks that the strategy's ``clients_per_round`` fits this cohort.
 
         Raises:
             ValueError: If it is missing, or would be ignored.
@@ -106,7 +107,7 @@ class Cohort(ABC):
         return CohortSampling("full" if size == num_clients else "other", num_clients, size, size / num_clients)
 
     def prepare(self, population: Population, sampling: CohortSampling) -> Any:
-        """Computes once what :meth:`draw` needs to know about the clients, such as their probabilities.
+        """Computes once what :meth:`draw` needs about the clients, such as their probabilities.
 
         Raises:
             ValueError: If this cohort cannot be drawn from these clients.
@@ -129,11 +130,11 @@ class Cohort(ABC):
 
 
 def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
-    """What a cohort says of how it draws, if that may be trusted; ``"other"`` if not.
+    """A cohort's own description of its sampling if it can be trusted; otherwise kind ``"other"``.
 
-    A subclass that overrides ``draw`` but inherits ``sampling`` would claim its parent's distribution. Privacy
-    accounting on such a claim would be wrong, so the claim is dropped. One that overrides both is tested by
-    :func:`~lightning_fl.clients.draw_test.check_draws` before privacy accounting rests on it.
+    A subclass that overrides ``draw`` but inherits ``sampling`` would declare its parent's distribution. Privacy
+    accounting based on that would be wrong, so the declaration is ignored. A class that overrides both is tested by
+    :func:`~lightning_fl.clients.draw_test.check_draws` before privacy accounting relies on it.
 
     Raises:
         ValueError: If ``clients_per_round`` does not fit the number of clients.
@@ -147,12 +148,12 @@ def describe_sampling(cohort: Cohort, num_clients: int, clients_per_round: Clien
 
 @dataclass(frozen=True)
 class Uniform(Cohort):
-    """``clients_per_round`` clients, each subset equally likely: the default.
+    """``clients_per_round`` clients, each subset equally likely; the default.
 
     Args:
         secure: Whether to draw from the operating system's randomness, as differential privacy requires. Default
-            False: from (seed, round). A transform that needs it turns it on by itself. Such cohorts cannot be
-            reproduced.
+            False: from (seed, round). A transform that needs secure cohorts turns this on itself. Such cohorts cannot
+            be reproduced.
     """
 
     secure: bool = False
@@ -160,7 +161,7 @@ class Uniform(Cohort):
     def check(self, clients_per_round: ClientsPerRound) -> None:
         """See :meth:`Cohort.check`; None stands for all clients."""
         if self.secure and clients_per_round is None:
-            raise ValueError("cohort=Uniform(secure=True) draws nothing where all clients take part. Leave it out.")
+            raise ValueError("cohort=Uniform(secure=True) has no effect if all clients take part. Leave it out.")
 
     def sampling(self, num_clients: int, clients_per_round: ClientsPerRound) -> CohortSampling:
         """See :meth:`Cohort.sampling`."""
@@ -185,7 +186,7 @@ class Poisson(Cohort):
     Args:
         rate: The probability :math:`q`, in (0, 1].
         secure: Whether to draw from the operating system's randomness. Default False: from (seed, round). A transform
-            that needs it turns it on by itself. Such cohorts cannot be reproduced.
+            that needs secure cohorts turns this on itself. Such cohorts cannot be reproduced.
 
     Raises:
         ValueError: If ``rate`` is out of range.
@@ -215,8 +216,8 @@ class Poisson(Cohort):
         """See :meth:`Cohort.draw`."""
         if self.rate == 1:
             return np.arange(sampling.num_clients)
-        # The gaps between the clients drawn are geometric. Drawing gaps instead of one coin per client costs time in
-        # the size of the cohort, not of the population. One chunk almost always suffices.
+        # The gaps between the drawn clients are geometric. Drawing gaps instead of one coin per client takes time
+        # proportional to the cohort, not to the population. One chunk almost always suffices.
         chunk = int(sampling.size + 5 * sampling.size**0.5) + 1
         drawn, last = [], -1.0
         while last < sampling.num_clients:
@@ -236,7 +237,7 @@ class RoundRobin(Cohort):
     clients_per_round)``. Nothing is random.
 
     Args:
-        reverse: Whether the last one begins. Default False.
+        reverse: Whether to start with the last client. Default False.
     """
 
     reverse: bool = False
@@ -259,6 +260,7 @@ def describe(values: Any) -> str:
     """
     if not isinstance(values, Mapping) or len(values) <= 20:
         return repr(values)
-    # A sum, because mappings that differ in order only are equal. Not `hash`, which differs between processes for text.
+    # A sum, because mappings that differ in order only are equal. Not `hash`, which differs between processes for
+    # strings.
     checksum = sum(crc32(repr(item).encode()) for item in values.items())
     return f"<{len(values)} clients, checksum {checksum:x}>"

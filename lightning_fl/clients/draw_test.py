@@ -1,4 +1,4 @@
-"""A test of whether a cohort draws what it declares, for accounting that rests on the declaration."""
+"""Tests whether a cohort draws as it declares, because privacy accounting relies on the declaration."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ MAX_DRAWN, MAX_ROUNDS, MIN_ROUNDS = 2_000_000, 1024, 64
 
 
 def check_draws(cohort: Cohort, sampling: CohortSampling, prepared: Any) -> None:
-    """Draws many rounds of a cohort that declares uniform draws, or a separation, and compares them with that.
+    """Draws many rounds of a cohort that declares uniform sampling or a separation, and checks the declaration.
 
-    Cohorts of this package are left out. A sound cohort fails with a probability of at most 1e-12.
+    Cohorts of this package are not tested. A correct cohort fails with a probability of at most 1e-12.
 
     Args:
         cohort: The cohort.
-        sampling: What it declares.
-        prepared: What :meth:`Cohort.prepare` returned.
+        sampling: The sampling that it declares.
+        prepared: The result of :meth:`Cohort.prepare`.
 
     Raises:
-        ValueError: If it draws something else.
+        ValueError: If it draws differently.
     """
     is_own = next(cls for cls in type(cohort).__mro__ if "draw" in vars(cls)).__module__.startswith("lightning_fl.")
     if is_own:
@@ -37,15 +37,15 @@ def check_draws(cohort: Cohort, sampling: CohortSampling, prepared: Any) -> None
         return
     first, second = ([_draw(cohort, sampling, prepared, number) for number in range(num_rounds)] for _ in "ab")
     problem = _problem(first, sampling)
-    # Where all clients are drawn, or hardly any, equal draws are no sign of anything.
+    # If almost all clients or hardly any are drawn, equal draws prove nothing.
     is_telling = num_rounds * _log_chance_of_equal_draws(sampling) < math.log(FALSE_ALARM_PROBABILITY)
     if is_telling and all(map(np.array_equal, first, second)):
-        problem = "it draws the same when it is asked again, so it does not use the generator that it is given"
+        problem = "it draws the same clients every time, so it does not use the generator that it is given"
     if problem is not None:
         raise ValueError(
             f"{cohort!r} declares sampling(...).kind={sampling.kind!r} with {sampling.size:g} of "
-            f"{sampling.num_clients} clients, and differential privacy rests on that, but in {num_rounds} rounds "
-            f"{problem}. Draw from `rng` as declared, or declare kind='other', which amplifies nothing."
+            f"{sampling.num_clients} clients, and differential privacy relies on that, but in {num_rounds} rounds "
+            f"{problem}. Draw from `rng` as declared, or declare kind='other', which gives no privacy amplification."
         )
 
 
@@ -56,7 +56,7 @@ def _check_separation(cohort: Cohort, sampling: CohortSampling, prepared: Any, n
         soon = drawn[number - last[drawn] < sampling.separation]
         if len(soon):
             raise ValueError(
-                f"{cohort!r} declares sampling(...).separation={sampling.separation}, and differential privacy rests "
+                f"{cohort!r} declares sampling(...).separation={sampling.separation}, and differential privacy relies "
                 f"on that, but it drew client {soon[0]} in rounds {last[soon[0]]} and {number}. Draw each client at "
                 f"most once in {sampling.separation} rounds, or declare the separation that holds."
             )
@@ -83,19 +83,20 @@ def _problem(rounds: list[np.ndarray], sampling: CohortSampling) -> str | None:
         return f"it drew from {sizes.min()} to {sizes.max()} clients"
     total, trials = float(sizes.sum()), number * clients
     if sampling.kind == "poisson" and abs(total - trials * rate) > _bernstein(trials * rate * (1 - rate), 1.0, log):
-        return f"it drew {total / number:.4g} clients a round, expected {clients * rate:.4g}"
+        return f"it drew {total / number:.4g} clients per round, expected {clients * rate:.4g}"
     counts = np.bincount(np.concatenate(rounds), minlength=clients)
     worst = int(np.abs(counts - number * rate).argmax())
     # Each count is binomial, whether or not the cohort has a fixed size; there are as many of them as clients.
     if abs(counts[worst] - number * rate) > _bernstein(number * rate * (1 - rate), 1.0, log + math.log(clients)):
         return f"client {worst} was drawn {counts[worst]} times, expected {number * rate:.4g}"
-    # Two rounds share as many clients as chance gives; pairs that have no round in common are independent.
+    # The number of clients that two rounds share is random; pairs of rounds that have no round in common are
+    # independent.
     pairs = list(zip(rounds[::2], rounds[1::2], strict=False))
     shared = float(sum(len(np.intersect1d(*pair)) for pair in pairs))
     expected, most = len(pairs) * clients * rate**2, max(float(sizes.max()), 1.0)
     spread = len(pairs) * (clients * rate**2 * (1 - rate**2) + (clients * rate**2) * rate)
     if abs(shared - expected) > _bernstein(spread, most, log):
-        return f"rounds after one another share {shared / len(pairs):.4g} clients, expected {expected / len(pairs):.4g}"
+        return f"consecutive rounds share {shared / len(pairs):.4g} clients, expected {expected / len(pairs):.4g}"
     if sampling.kind == "poisson" and clients > 1:
         found, variance = float(((sizes - clients * rate) ** 2).sum()), clients * rate * (1 - rate)
         fourth = 3 * variance**2 + variance * (1 - 6 * rate * (1 - rate))

@@ -14,17 +14,17 @@ from lightning_fl.seeding import derive_seed
 from lightning_fl.types import ClientId
 
 NANOSECONDS = 1_000_000_000
-"""The clock counts whole nanoseconds, so that arrivals of one instant are equal and not almost equal."""
+"""The clock counts whole nanoseconds, so that simultaneous arrivals are exactly equal."""
 
 
 class Durations(ABC):
-    """How many seconds a client takes from getting the model to returning its update, with its whole local work."""
+    """The seconds from a client's receiving the model to its returning the update, for its full local work."""
 
     is_measured: bool = False
     """Whether the seconds of clients that have trained are measured, and given to :meth:`seconds`."""
 
     def check(self, population: Population) -> None:
-        """Makes sure that the durations fit the clients.
+        """Checks that the durations fit the clients.
 
         Raises:
             ValueError: If they do not.
@@ -33,20 +33,20 @@ class Durations(ABC):
 
     @abstractmethod
     def seconds(self, client: ClientId, number: int, seed: int, measured: Mapping[ClientId, float]) -> float:
-        """The seconds of one visit, positive; a pure function, the same on all ranks.
+        """The seconds of one visit of a client, positive; a pure function, the same on all ranks.
 
         Args:
             client: The client.
-            number: How many visits have begun before, of whichever client.
+            number: Number of earlier visits of all clients.
             seed: Seed of the federation.
             measured: The measured seconds of clients; empty unless :attr:`is_measured`.
         """
 
     def nanoseconds(self, client: ClientId, number: int, seed: int, measured: Mapping[ClientId, float]) -> int:
-        """:meth:`seconds` on the clock, at least 1.
+        """:meth:`seconds` in whole nanoseconds, at least 1.
 
         Raises:
-            ValueError: If they are no positive number.
+            ValueError: If they are not a positive number.
         """
         seconds = self.seconds(client, number, seed, measured)
         if not 0 < seconds < math.inf:
@@ -56,13 +56,13 @@ class Durations(ABC):
 
 @dataclass(frozen=True)
 class FixedDurations(Durations):
-    """The same seconds in every visit; ``durations={client: seconds}`` is short for it.
+    """The same duration in every visit; ``durations={client: seconds}`` is short for it.
 
     Args:
         durations: The seconds by client.
 
     Raises:
-        ValueError: If one is no positive number; when training starts, if a client is missing or unknown.
+        ValueError: If a duration is not a positive number; when training starts, if a client is missing or unknown.
     """
 
     durations: Mapping[int | str, float]
@@ -91,7 +91,7 @@ class FixedDurations(Durations):
 
 @dataclass(frozen=True)
 class Lognormal(Durations):
-    r"""Few slow clients among many fast ones, by standard normal :math:`z`.
+    r"""Log-normal durations: a few slow clients among many fast ones, with standard normal :math:`z`.
 
     .. math::
         d_{i,v} = m \, \exp(\sigma z_i + \sigma_v z_{i,v})
@@ -100,8 +100,8 @@ class Lognormal(Durations):
 
     Args:
         median: The median :math:`m` in seconds. Default 1.
-        sigma: Spread :math:`\sigma` of the clients' speeds, which last. Default 1.
-        visit_sigma: Spread :math:`\sigma_v` between the visits of a client. Default 0.
+        sigma: Standard deviation :math:`\sigma` of the logarithm between clients, constant over visits. Default 1.
+        visit_sigma: Standard deviation :math:`\sigma_v` of the logarithm between the visits of a client. Default 0.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -131,9 +131,10 @@ class Lognormal(Durations):
 
 @dataclass(frozen=True)
 class Measured(Durations):
-    """The seconds that a client's training took when this machine simulated it last; ``durations="measured"``.
+    """The seconds that a client's last training took on this machine; ``durations="measured"``.
 
-    A client that has not trained takes the mean of those that have, or ``first`` seconds. Such a run can't be repeated.
+    A client that has not trained yet takes the mean of those that have, or ``first`` seconds. Such a run is not
+    reproducible.
 
     Args:
         first: Seconds of a client before any has trained. Default 1.
@@ -149,10 +150,10 @@ class Measured(Durations):
 
 
 def as_durations(durations: "Durations | Mapping[int | str, float] | str | None") -> Durations | None:
-    """The durations that a user's setting stands for.
+    """Converts the user's setting to durations.
 
     Raises:
-        ValueError: If it stands for none.
+        ValueError: If the setting is not valid.
     """
     if isinstance(durations, Mapping):
         return FixedDurations(durations)

@@ -20,7 +20,7 @@ class LocalWork:
         limit: Batches of one pass, as a count (int) or a share (float); the Trainer's ``limit_train_batches``.
         part: The share of the work that the client finishes, in (0, 1]: a straggler stops early, but not before its
             first step.
-        cut: Whether ``part`` is rounded down to whole steps, because time has run out, rather than up.
+        cut: Whether ``part`` is rounded down to whole steps rather than up, because time has run out.
     """
 
     epochs: int = 1
@@ -59,10 +59,10 @@ class LocalWork:
         return limited
 
     def segments(self, num_batches: int | None) -> list[int | None]:
-        """Lengths in batches of the stretches at whose ends an optimizer step is due; None for an unknown length.
+        """Lengths in batches of the segments at whose ends an optimizer step is due; None for an unknown length.
 
-        Under an epoch setting each pass is a stretch: Lightning steps at the end of an epoch even if the accumulation
-        window is not full. Under a step setting the loader is cycled and there is one stretch.
+        With ``epochs`` each pass is a segment: Lightning steps at the end of an epoch even if the accumulation window
+        is not full. With ``steps`` the loader is cycled and there is one segment.
         """
         length = self.pass_length(num_batches)
         if length == 0:
@@ -77,16 +77,16 @@ class LocalWork:
         return [*[length] * passes, *[min(steps * self.accumulate, length)] * (steps > 0)]
 
     def _finished(self, count: int) -> int:
-        """How many of so many steps, or passes, the client finishes."""
+        """The number of steps, or passes, out of ``count`` that the client finishes."""
         # A share such as 2/3 of 3 steps may fall short of 2 by a rounding error.
         return max(1, math.floor(self.part * count + 1e-9)) if self.cut else math.ceil(self.part * count)
 
     def for_phase(self, phase: Phase) -> LocalWork:
-        """The work of one phase: what the phase says itself, otherwise all of this."""
+        """The work of one phase: the phase's own setting, or else all of this work."""
         return replace(self, epochs=phase.epochs or 1, steps=phase.steps) if phase.has_own_work else self
 
     def load(self, size: float) -> float:
-        """Relative cost of a client with ``size`` examples, to balance the ranks; only ratios have a meaning."""
+        """Relative cost of a client with ``size`` examples, to balance the ranks; only ratios are meaningful."""
         return self.part * (self.epochs * size if self.steps is None else self.steps)
 
     def num_steps(self, num_batches: int | None) -> int | None:
@@ -98,18 +98,18 @@ class LocalWork:
 
 
 class BatchPosition(NamedTuple):
-    """Where a batch stands in the local work of its client, or of its client group.
+    """The position of a batch in the local work of its client or client group.
 
     Args:
         offset: Its index among the batches of the pass over the client's data, from 0.
-        starts_window: Whether an accumulation window starts here, so that gradients are emptied.
+        starts_window: Whether an accumulation window starts here, so that gradients are zeroed.
         ends_window: Whether the window ends here, so that the optimizer steps.
         window: Batches of a full accumulation window, over which the loss is averaged.
         ends_pass: Whether it is the last batch of a pass over the client's data.
         ends_phase: Whether it is the last batch of the phase.
         is_last: Whether it is the last batch of the client, or group, in this round.
-        ends_epoch: Whether it is the last batch of a pass, be it cut short because the client's work ends.
-        epoch_length: Number of batches of the pass, be it cut short; None if unknown.
+        ends_epoch: Whether it is the last batch of a pass, including one cut short because the client's work ends.
+        epoch_length: Number of batches of the pass, as cut short; None if unknown.
     """
 
     offset: int

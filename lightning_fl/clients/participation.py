@@ -1,4 +1,4 @@
-"""Who takes part in each round and how much each client trains: the settings, and the draws made from them."""
+"""Which clients take part in a round and how much each trains: the settings, and the random draws."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class Participation:
-    """The settings of a federation that decide who takes part in a round and how much each client trains.
+    """The settings that decide which clients take part in a round and how much each client trains.
 
     Args:
         cohort: Draws the clients of a round.
-        clients_per_round: How many: a count, a share, or None for the cohort's own default.
+        clients_per_round: Number of clients: a count, a share, or None for the cohort's own default.
         local_epochs: Passes of each client over its data.
         local_steps: Optimizer steps of each client instead of passes.
         stragglers: Which clients do not finish their work.
@@ -75,7 +75,7 @@ class ParticipationSampler:
         self.group = group
         self.sampling = describe_sampling(participation.cohort, len(population), participation.clients_per_round)
         self._prepared: Any = participation.cohort.prepare(population, self.sampling)
-        # Accounting counts what the cohort declares, so what a user's own cohort declares is tested.
+        # Privacy accounting uses what the cohort declares, so the declaration of a user's own cohort is tested.
         if self.is_secure:
             check_draws(participation.cohort, self.sampling, self._prepared)
         self._secure_cohort: tuple[int, list[int]] | None = None
@@ -86,7 +86,7 @@ class ParticipationSampler:
     @property
     def is_secure(self) -> bool:
         """Whether cohorts come from the operating system's randomness."""
-        # Where all take part nothing is drawn, and no collective is needed to agree on it.
+        # If all clients take part nothing is drawn, and no collective is needed.
         is_random = self.sampling.kind != "full"
         return is_random and (self.participation.secure or self.participation.cohort.secure)
 
@@ -110,7 +110,7 @@ class ParticipationSampler:
                 works = {client: replace(max_work, **{name: n}) for client, n in zip(cohort, drawn, strict=True)}
         if settings.stragglers is not None:
             stragglers = settings.stragglers
-            # A purpose of its own: stragglers stay the same whether or not the amounts of work are drawn.
+            # A random stream of its own: stragglers are the same whether or not the amounts of work are drawn.
             parts = self._each(
                 cohort, round, "stragglers", lambda clients, rng: stragglers.draw(len(clients), rng).tolist()
             )
@@ -146,8 +146,7 @@ class ParticipationSampler:
     def _secure_positions(self, round: int) -> list[int]:
         # Drawn once per round: a second call must give the same cohort.
         if self._secure_cohort is None or self._secure_cohort[0] != round:
-            # The operating system's randomness can't be repeated on another rank, so one rank draws and the others are
-            # told.
+            # The operating system's randomness can't be repeated on another rank, so one rank draws and broadcasts.
             drawn = self._positions(round, secure=True) if self.group.rank == 0 else []
             message = Message(tensors={"cohort": torch.tensor(drawn, dtype=torch.int64)})
             self._secure_cohort = round, self.group.broadcast_message(message).tensors["cohort"].tolist()

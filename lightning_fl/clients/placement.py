@@ -43,7 +43,7 @@ def place_at_home(
 ) -> list[list[ClientId]]:
     """Sticky placement: every client trains on its home rank, ``position mod num_ranks``, in every round.
 
-    For algorithms with client state, which then stays on one rank instead of travelling each round.
+    For algorithms with client state, which then stays on one rank instead of being sent each round.
 
     Args:
         cohort: The clients of the round.

@@ -15,7 +15,7 @@ class Population:
     """The clients of a federation, in an order that is the same on every rank.
 
     Args:
-        loaders: The clients' loaders, as far as this rank holds their data.
+        loaders: The loaders of the clients whose data this rank holds.
         silos: Number of silos if each rank is one and holds only its own data; None in simulation.
     """
 
@@ -26,20 +26,20 @@ class Population:
 
     def _number(self, ids: Sequence[ClientId]) -> None:
         self.ids = ids
-        # A range finds a position by arithmetic, and needs no dict of a million entries.
+        # A range finds a position by arithmetic, without a dict of a million entries.
         self._positions = None if isinstance(ids, range) else {client: i for i, client in enumerate(ids)}
 
     @classmethod
     def of_ranks(
         cls, loader: Loader, rank: int, ids: Sequence[ClientId], num_examples: int | None = None
     ) -> Population:
-        """Silos of which each is a rank; this rank holds the data of its own.
+        """A population in which each rank is a silo; this rank holds only its own data.
 
         Args:
-            loader: The data of this rank's silo.
+            loader: The loader of this rank's silo.
             rank: This rank.
             ids: The silos in the order of the ranks.
-            num_examples: Examples of the silo, if the loader reads a part of them. None: those of the loader.
+            num_examples: Number of examples of the silo, if the loader reads a part of them. None: those of the loader.
         """
         population = cls(_alone(ids[rank], loader, num_examples), silos=len(ids))
         population._number(ids)
@@ -47,7 +47,7 @@ class Population:
 
     @classmethod
     def of_silo(cls, name: str, loader: Loader, num_examples: int | None = None) -> Population:
-        """The only client of a launch that is one silo of a federation over a network."""
+        """The population of a launch that is one silo of a federation over a network: a single client."""
         population = cls(_alone(name, loader, num_examples))
         population.silos = 1
         return population
@@ -111,11 +111,16 @@ class Population:
             sizes.append(size)
         return sizes
 
+    def known_sizes(self) -> dict[ClientId, int]:
+        """Examples of those clients of which this rank knows them before training."""
+        sizes = {client: self.num_examples(client, self.loaders[client]) for client in self.loaders}
+        return {client: size for client, size in sizes.items() if size is not None}
+
     def max_examples(self) -> int | None:
         """Examples of the largest client; None for silos, whose sizes are private, and if a size is not declared."""
         if self.silos is not None:
             return None
-        # Declared sizes only: to make every client's loader for an upper bound would cost too much.
+        # Declared sizes only: creating every client's loader for an upper bound would cost too much.
         sizes = [self.loaders.num_examples(client) for client in self.ids]
         return None if None in sizes else max(sizes)  # type: ignore[type-var]
 
@@ -123,7 +128,7 @@ class Population:
         declared = self.loaders.num_examples(client)
         if declared is not None:
             return declared
-        loader = self.loaders[client]  # making a loader can be expensive, so only if nothing was declared
+        loader = self.loaders[client]  # creating a loader can be expensive, so only if no size was declared
         return count_examples(loader) or count_batches(loader) or 1
 
 

@@ -26,8 +26,8 @@ class StateFiles:
     """A folder of client states.
 
     A version is a safetensors file named by the digest of its content, so it never changes: a checkpoint stays valid
-    while training goes on, and clients that did not train since cost no further space. A manifest lists one version of
-    each client; each checkpoint refers to its manifests. :meth:`collect` removes what no checkpoint refers to.
+    while training goes on, and clients that have not trained since take no further space. A manifest lists one version
+    of each client; each checkpoint refers to its manifests. :meth:`collect` removes files that no checkpoint refers to.
 
     Files and folders are readable by their owner only: a state may hold a client's own gradient.
 
@@ -46,11 +46,11 @@ class StateFiles:
         Raises:
             TypeError: If the state holds anything but tensors in nested mappings.
         """
-        # Cloned, because safetensors refuses tensors that share memory, as views of one buffer and tied tensors do.
+        # Cloned, because safetensors refuses tensors that share memory, such as views of a buffer or tied tensors.
         tensors = {name: value.detach().cpu().contiguous().clone() for name, value in flatten(state).items()}
         data = save(tensors)
         name = hashlib.blake2b(data, digest_size=16).hexdigest()
-        # Named by content, an existing file is the same version already.
+        # Files are named by content, so an existing file is the same version.
         self._write(self._path(client, name), data, durable=self.durable)
         return name
 
@@ -79,14 +79,14 @@ class StateFiles:
             self._make_folder(target.parent)
             try:
                 os.link(other._path(client, name), target)
-            except FileExistsError:  # another process was faster; the content is the same
+            except FileExistsError:  # another process was faster, with the same content
                 return
             except OSError:  # another file system, or one without hard links
                 shutil.copyfile(other._path(client, name), target)
                 target.chmod(0o600)
 
     def write_manifest(self, manifest: Manifest, name: str | None = None) -> str:
-        """Writes a manifest and returns its name, which is that of its content if none is given."""
+        """Writes a manifest and returns its name; by default the digest of its content."""
         # Sorted, so that equal manifests have equal digests; by repr, because ids may be both numbers and strings.
         data = json.dumps(sorted(manifest.items(), key=repr)).encode()
         digest = hashlib.blake2b(data, digest_size=16).hexdigest()
@@ -97,7 +97,7 @@ class StateFiles:
         """Reads a manifest; None if there is no such file.
 
         Raises:
-            ValueError: If the name is none that :meth:`write_manifest` returns, such as a path.
+            ValueError: If the name is not a plain file name, such as a path.
         """
         # It comes from a checkpoint, which another party may have written.
         _check_name(name)
@@ -110,8 +110,8 @@ class StateFiles:
         Args:
             checkpoint: File name of the checkpoint.
             manifests: Names of its manifests.
-            also_old: Whether to keep the manifests recorded before, because the checkpoint of the same name that needs
-                them has not been overwritten yet.
+            also_old: Whether to keep the manifests recorded before, because the existing checkpoint of the same name
+                still needs them.
         """
         path = self.root / "checkpoints" / f"{checkpoint}.json"
         old = json.loads(path.read_text(encoding="utf-8")) if also_old and path.exists() else []
@@ -143,7 +143,7 @@ class StateFiles:
                     path.parent.rmdir()
 
     def _make_folder(self, folder: Path) -> None:
-        # One by one, because `parents=True` gives the others the default mode. What lies above the root is the user's.
+        # One by one, because `parents=True` gives the parents the default mode. Folders above the root are the user's.
         self.root.parent.mkdir(parents=True, exist_ok=True)
         below = [folder, *folder.parents]
         for missing in reversed(below[: below.index(self.root) + 1]):
@@ -162,7 +162,7 @@ class StateFiles:
 
 def _check_name(name: str) -> None:
     if not re.fullmatch(r"\w[\w.-]*", name):
-        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is no plain name.")
+        raise ValueError(f"A checkpoint names {name!r} as a file of client states, which is not a plain file name.")
 
 
 def folder_name(client: ClientId) -> str:
@@ -171,5 +171,5 @@ def folder_name(client: ClientId) -> str:
     name = quote(repr(client), safe="")
     if len(name) <= _MAX_FOLDER_NAME:
         return name
-    # File systems take 255 bytes, of which a letter beyond ASCII is up to 12 when quoted.
+    # File systems allow 255 bytes; a quoted non-ASCII character takes up to 12.
     return f"{name[:32]}~{hashlib.blake2b(name.encode(), digest_size=16).hexdigest()}"

@@ -21,8 +21,8 @@ LEDGER = "ledger"
 class ClientStore:
     """The states of this rank's clients: in memory up to a limit, on disk beyond it.
 
-    A round's new states are staged first and replace the old ones in :meth:`commit`. So a round that fails, or is
-    repeated, leaves every client as it was.
+    A round's new states are staged first and replace the old ones in :meth:`commit`. So a round that fails leaves every
+    client's state unchanged, and can be repeated.
 
     Args:
         memory_limit: Bytes of states to hold in memory, including staged ones; the least recently used states go to a
@@ -57,20 +57,20 @@ class ClientStore:
         self._keep(client, state)
 
     def stage(self, client: ClientId, state: State) -> None:
-        """Holds the client's next state back until :meth:`commit`."""
+        """Stages the client's next state until :meth:`commit`."""
         if self._staged is None:
             self._staged = ClientStore(self.memory_limit)
         self._staged.put(client, state)
         self._make_room()
 
     def staged(self, client: ClientId) -> State | None:
-        """The client's staged state with its ledger: what :meth:`commit` makes its state. None if there is none."""
+        """The client's staged state with its ledger, as :meth:`commit` will store it. None if there is none."""
         if self._staged is None or self._staged.get(client) is None:
             return None
         return self._with_ledger(client, self._staged.get(client) or {})
 
     def _with_ledger(self, client: ClientId, state: State) -> State:
-        # Staged states hold no ledger: it was recorded directly during the round, and stays.
+        # Staged states hold no ledger: it was recorded directly during the round, and is kept.
         ledger = {name: value for name, value in (self.get(client) or {}).items() if name == LEDGER}
         return {**ledger, **state}
 
@@ -84,7 +84,7 @@ class ClientStore:
                 staged._drop(client)
 
     def record(self, client: ClientId, ledger: Tensor) -> None:
-        """Stores a client's privacy ledger at once, not staged: what is spent stays spent if the round fails."""
+        """Stores a client's privacy ledger immediately, not staged: spent privacy stays spent if the round fails."""
         self.put(client, {**(self.get(client) or {}), LEDGER: ledger})
 
     def roll_back(self) -> None:
@@ -118,7 +118,7 @@ class ClientStore:
         return {client: name for client, (_, name) in self._files.items()}
 
     def restore(self, files: StateFiles, manifest: Manifest) -> None:
-        """Goes back to saved states; each is read when it is first needed."""
+        """Restores saved states; each is read when it is first needed."""
         for client, name in manifest.items():
             self._drop(client)
             self._forget_file(client)

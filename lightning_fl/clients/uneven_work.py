@@ -23,7 +23,7 @@ class Amount(ABC):
         """The largest amount that a client can get; learning-rate schedules are built for it."""
 
     def check(self, population: Population) -> None:
-        """Makes sure that the amounts fit the clients.
+        """Checks that the amounts fit the clients.
 
         Raises:
             ValueError: If they do not.
@@ -117,7 +117,7 @@ class PerClient(Amount):
 
     def draw(self, clients: Sequence[ClientId], rng: np.random.Generator) -> Sequence[int]:
         """See :meth:`Amount.draw`."""
-        # The 1 is never used: `check` has refused clients that are not named where there is no default.
+        # The 1 is never used: without a default, `check` has refused clients that are not named.
         return [self.amounts.get(client, self.default or 1) for client in clients]
 
 
@@ -125,19 +125,18 @@ class PerClient(Amount):
 class Stragglers:
     """In each round a share of the cohort does not finish its local training.
 
-    With policy ``"partial"`` a straggler contributes what it has finished: a uniformly random number of optimizer
-    steps, from 1 to all of its work (whole passes, if its loader has no length). With policy ``"drop"`` it is left out
-    of the round. Stragglers depend only on (seed, round), so runs of different algorithms have the same ones. Under
-    secure participation, which differential privacy needs, each client straggles independently with probability
-    ``share``.
+    With policy ``"partial"`` a straggler contributes an update after a uniformly random number of optimizer steps, from
+    1 to all of its work (whole passes, if its loader has no length). With policy ``"drop"`` it is left out of the
+    round. Stragglers depend only on (seed, round), so runs of different algorithms have the same ones. Under secure
+    participation, which differential privacy needs, each client straggles independently with probability ``share``.
 
-    FedProx's experiments are ``Stragglers(0.9)`` for FedProx beside ``Stragglers(0.9, policy="drop")`` for FedAvg, with
+    FedProx's experiments compare ``Stragglers(0.9)`` for FedProx with ``Stragglers(0.9, policy="drop")`` for FedAvg, at
     20 local epochs; the authors draw whole epochs.
 
     Args:
         share: Share of the cohort, in [0, 1]. If it is not a whole number of clients, it is rounded up or down at
-            random so that the mean is right.
-        policy: ``"partial"`` or ``"drop"``.
+            random without bias.
+        policy: ``"partial"`` or ``"drop"``. Default ``"partial"``.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -156,10 +155,10 @@ class Stragglers:
         if self.policy not in ("partial", "drop"):
             raise ValueError(f"Stragglers got policy={self.policy!r}; expected 'partial' or 'drop'.")
         if self.share == 1 and self.policy == "drop":
-            raise ValueError("Stragglers(1.0, policy='drop') leaves nobody to train. Lower the share.")
+            raise ValueError("Stragglers(1.0, policy='drop') leaves no client to train. Lower the share.")
 
     def draw(self, num_clients: int, rng: np.random.Generator) -> np.ndarray:
-        """The share of its work that each client of a round finishes.
+        """The share of the local work that each client of a round finishes.
 
         Args:
             num_clients: Clients in the cohort.
@@ -169,7 +168,7 @@ class Stragglers:
             Numbers in (0, 1], 0 for a client that is dropped: shape ``[num_clients]``.
         """
         parts = np.ones(num_clients)
-        # Rounded at random once for the cohort: a coin for each client would have the same mean, but vary more.
+        # Rounded at random once for the cohort: one coin per client would have the same mean but a larger variance.
         num_late = int(self.share * num_clients + rng.random())
         late = rng.permutation(num_clients)[:num_late]
         # random() is in [0, 1), so 1 - random() is never 0, which would stand for a dropped client.

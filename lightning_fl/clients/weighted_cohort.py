@@ -22,7 +22,7 @@ class Inclusion:
         probabilities: Their probabilities of taking part in a round; they add up to the cohort's size.
         sums: Cumulative sums of the probabilities.
         odds: Cumulative sums of ``probability / (1 - probability)``; infinite if a client always takes part.
-        few_collide: Whether draws with replacement rarely hit a client twice, so that rejection sampling is cheap.
+        few_collide: Whether draws with replacement rarely repeat a client, so that rejection sampling is cheap.
     """
 
     positions: np.ndarray
@@ -33,9 +33,9 @@ class Inclusion:
 
     @classmethod
     def of(cls, positions: np.ndarray, weights: np.ndarray, size: int) -> Inclusion:
-        """Probabilities in proportion to positive weights, which add up to ``size`` and of which none exceeds 1."""
+        """Probabilities in proportion to positive weights, clipped to 1; they add up to ``size``."""
         # A client whose share would exceed 1 takes part in every round. The others then share the remaining places,
-        # which can push the next client above 1, so this repeats until nobody exceeds it.
+        # which can push the next client above 1, so this repeats until no client exceeds it.
         certain = np.zeros(len(weights), dtype=bool)
         while True:
             rest = size - certain.sum()
@@ -107,13 +107,13 @@ class Weighted(Cohort):
             missing = [client for client in population.ids if client not in self.weights]
             unknown = [client for client in self.weights if client not in population]
             if missing or unknown:
-                what, client = ("no weight for", missing[0]) if missing else ("a weight for the unknown", unknown[0])
-                raise ValueError(f"{self!r} has {what} client {client!r}. Give a weight to each client and no other.")
+                fault, client = ("no weight for", missing[0]) if missing else ("a weight for the unknown", unknown[0])
+                raise ValueError(f"{self!r} has {fault} client {client!r}. Give exactly one weight for each client.")
             return np.array([self.weights[client] for client in population.ids], dtype=np.float64)
         sizes = population.all_sizes()
         if sizes is None:
             raise ValueError(
-                "Weighted('examples') has to know the number of examples of each client before training. Give a "
+                "Weighted('examples') needs the number of examples of each client before training. Give a "
                 "mapping, Weighted({client: weight, ...}), or ClientLoaders(..., num_examples=...)."
             )
         return np.array(sizes, dtype=np.float64)
@@ -128,7 +128,7 @@ def _rejective(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
         points = rng.random(size)
         first = np.searchsorted(inclusion.sums, points[:1] * inclusion.sums[-1], side="right")
         others = np.searchsorted(inclusion.odds, points[1:] * inclusion.odds[-1], side="right")
-        # Rounding may put a point at the very end of the line, behind the last client.
+        # Rounding may put a point at the very end of the line, beyond the last client.
         chosen = np.unique(np.minimum([*first, *others], len(inclusion.sums) - 1))
         if len(chosen) == size:
             return chosen
@@ -138,6 +138,6 @@ def _systematic(inclusion: Inclusion, size: int, rng: Randomness) -> np.ndarray:
     """Systematic sampling: equally spaced points on a line of the clients' probabilities, in random order."""
     order = rng.permutation(len(inclusion.positions))
     ends = np.cumsum(inclusion.probabilities[order])
-    # Spaced by the sum as it came out in floating point, so that all points lie on the line.
+    # Spaced by the floating-point sum, so that all points lie on the line.
     points = (rng.random(1) + np.arange(size)) * (ends[-1] / size)
     return order[np.minimum(np.searchsorted(ends, points, side="right"), len(order) - 1)]

@@ -14,7 +14,7 @@ from lightning_fl.clients import ClientStore
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.coordinator.silo import Introduction, NetworkFederation, WholeTensors
-from lightning_fl.engines.optimizer_states import params_of_kept
+from lightning_fl.engines.kept_optimizers import params_of_kept
 from lightning_fl.engines.spread import gather_state, local, part_of, scatter_state, whole
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import (

@@ -1,4 +1,4 @@
-"""Which examples each client has, and how they are read: client loaders, partitioners, splitting, collation."""
+"""Client loaders, partitioners, splitting and collation: which examples each client has and how they are read."""
 
 from lightning_fl.data.client_loaders import ClientLoaders, Loader, count_batches, count_examples
 

@@ -27,8 +27,8 @@ class ClientLoaders(Mapping[ClientId, Loader]):
         make_loader: Creates a client's loader from its id as it was given; called at every lookup.
         num_examples: Number of examples that one pass over each client's loader yields: a mapping from id, or a
             function of the id. None: the loader is created to find out, which is slow if many clients are balanced
-            over ranks. Where neither the loader nor its batches tell, such as for streams of graphs, it is needed to
-            weight clients by their examples.
+            over ranks. If the number can't be told from the loader or its batches, as for streams of graphs, it is
+            required to weight clients by their examples.
 
     Raises:
         ValueError: If there are no clients, an id is repeated, or is neither an integer nor a string.
@@ -70,19 +70,19 @@ class ClientLoaders(Mapping[ClientId, Loader]):
 
     def __getitem__(self, client: ClientId) -> Loader:
         loader = self._make(self._given(client))
-        # A list of batches is a loader too; Lightning's CombinedLoader is known by its loaders.
+        # A list of batches is a loader too; Lightning's CombinedLoader is recognised by its loaders.
         parts = loader if isinstance(loader, list | tuple) else getattr(loader, "flattened", [])
         if isinstance(loader, Mapping) or any(isinstance(part, DataLoader) for part in parts):
             raise ValueError(
-                f"The loader of client {client!r} is a {type(loader).__name__} of loaders, but a client has one. Join "
-                "its data sets in one DataLoader, with torch.utils.data.ConcatDataset for more examples or "
-                "StackDataset for examples of several parts."
+                f"The loader of client {client!r} is a {type(loader).__name__} of loaders, but a client has one. Put "
+                "its data sets into one DataLoader, with torch.utils.data.ConcatDataset to concatenate them or "
+                "StackDataset to combine them example by example."
             )
         return loader
 
     def _given(self, client: ClientId) -> Any:
         """The id as it was given, which the user's functions expect."""
-        # The user's function may well make a loader for an id that is not a client's.
+        # The user's function might create a loader for an id that is not a client's.
         if client not in self:
             raise KeyError(client)
         return client if isinstance(self._ids, range) else self._ids[client]
@@ -112,9 +112,9 @@ def _call_if_function(loader: Any) -> Loader:
 
 
 def batch_size(batch: Any) -> int | None:
-    """Number of examples in a batch: the first dimension that its tensors share, 1 without any; None if none is shared.
+    """Number of examples in a batch: the size of its tensors' first dimension; 1 without tensors, None if sizes differ.
 
-    Graphs, boxes and other ragged examples are joined along a dimension that does not count them.
+    Graphs, boxes and other ragged examples are concatenated along a dimension that does not count them.
     """
     dimensions = set(_first_dimensions(batch))
     sizes = dimensions - {None}
@@ -147,12 +147,12 @@ def count_examples(loader: Any) -> int | None:
     """Number of examples that one pass over a ``DataLoader`` yields; None if it is unknown beforehand."""
     # Without automatic batching, a sampler that yields batches of indices reads whole batches from the data set.
     sampler = _batches_of(loader)
-    # A batch sampler of the user's own may yield any number of examples.
+    # A custom batch sampler may yield any number of examples.
     return _length_of(sampler) if type(sampler) is BatchSampler else None
 
 
 def likely_examples(loader: Any) -> int | None:
-    """Number of examples of a pass if a batch sampler of the user's own yields each once; None if that is unknown."""
+    """Number of examples of a pass if a custom batch sampler yields each once; None if unknown."""
     sampler = _batches_of(loader)
     if sampler is None or isinstance(loader.dataset, IterableDataset):
         return None
@@ -164,7 +164,7 @@ def likely_examples(loader: Any) -> int | None:
 
 
 def _batches_of(loader: Any) -> Any:
-    """What yields the indices of each batch of a ``DataLoader``; None for other loaders."""
+    """The sampler that yields the indices of each batch of a ``DataLoader``; None for other loaders."""
     if not isinstance(loader, DataLoader):
         return None
     if loader.batch_sampler is None:

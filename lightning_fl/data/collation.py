@@ -1,4 +1,4 @@
-"""Fast collation: a batch of an in-memory ``TensorDataset`` takes one indexing instead of one per example."""
+"""Fast collation: one indexing operation per batch of an in-memory ``TensorDataset``, not one per example."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class IndexedTensors(TensorDataset):
     def gather(self, indices: Any) -> list[Tensor]:
         """The collated batch of the examples at ``indices``, integers of shape ``[batch]``."""
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        rows = torch.where(rows < 0, rows + len(self), rows)  # index_select takes half as long, but counts from 0 only
+        rows = torch.where(rows < 0, rows + len(self), rows)  # index_select is twice as fast, but refuses negative ones
         return [tensor.index_select(0, rows.to(tensor.device)) for tensor in self.tensors]
 
     def to(self, device: torch.device) -> IndexedTensors:
@@ -73,6 +73,6 @@ def with_fast_collation(dataset: Any, collate_fn: Callable[..., Any] | None) -> 
 
 
 def collate_indexed(batch: Any) -> Any:
-    """``default_collate`` that leaves batches of :class:`IndexedTensors` as they are."""
-    # A plain list, as `default_collate` makes one: code that checks the exact type must not see the mark.
+    """``default_collate`` that leaves batches of :class:`IndexedTensors` unchanged."""
+    # A plain list, as `default_collate` returns: code that checks the exact type must not see the marker class.
     return list(batch) if isinstance(batch, _CollatedBatch) else default_collate(batch)

@@ -1,4 +1,4 @@
-"""Lazy batches: row indices, materialised for several clients with one indexing."""
+"""Lazy batches: row indices that are read for several clients with one indexing operation."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ class RowSource(Protocol):
 
     @property
     def tensors(self) -> Sequence[Tensor]:
-        """What holds the rows."""
+        """The tensors that hold the rows."""
 
     def to(self, device: torch.device) -> RowSource:
         """The same rows on another device."""
 
     def gather(self, indices: np.ndarray) -> list[Tensor]:
-        """The collated batch of these rows, where the rows are."""
+        """The collated batch of these rows, on the rows' device."""
 
 
 class LazyBatch:
-    """A batch that is not read yet.
+    """A batch that has not been read yet.
 
     Args:
-        source: Where its rows are.
+        source: The data set that holds its rows.
         indices: The rows, int64 of shape ``[num_rows]``.
     """
 
@@ -61,14 +61,14 @@ class LazyBatch:
 def stack_lazy(
     batches: Sequence[LazyBatch], place: Callable[[RowSource], RowSource] = lambda source: source
 ) -> list[Tensor]:
-    """Reads the batches of several clients and stacks them, with a single indexing if they share their source.
+    """Reads the batches of several clients and stacks them, with one indexing operation if they share their source.
 
     Args:
         batches: One batch of each client.
-        place: Returns from where the rows of a source are read, such as a copy on a GPU.
+        place: Maps a source to the copy that is read, such as one on a GPU. Default: the source itself.
     """
     source = batches[0].source
-    # Clients with data sets of their own: their rows are not in one tensor.
+    # Clients with separate data sets: their rows are not in one tensor.
     if any(batch.source.source_id != source.source_id for batch in batches):
         read = [place(batch.source).gather(batch.indices) for batch in batches]
         return [torch.stack(tensors) for tensors in zip(*read, strict=True)]
@@ -81,7 +81,7 @@ class LazyLoader:
 
     Args:
         loader: The loader, without workers.
-        source: Where the rows are.
+        source: The data set that holds the rows.
         indices: Row of each example of the loader's data set, int64 of shape ``[num_examples]``. None: the rows of the
             source in order.
     """

@@ -1,4 +1,4 @@
-"""Prefetching: the workers of a client's loader start to read while another client still trains."""
+"""Prefetching: the workers of a client's loader start reading while another client is still training."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from torch.utils.data import (
 
 from lightning_fl.seeding import loader_generators
 
-# They touch the global generator only at the start of a pass, so prefetching can't disturb the client that trains.
+# They use the global generator only at the start of a pass, so prefetching can't disturb the client that is training.
 _SAMPLERS = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 class PrefetchedLoader:
     """A ``DataLoader`` whose workers already read its first pass.
 
-    The prefetched iterator is used only if the random state is that of its creation, and then leaves the state that
-    creating it left. Any other pass is read as usual, so results do not change.
+    The prefetched iterator is used only if the random state equals that at its creation; the random state afterwards is
+    then set as creating it would have left it. Any other pass is read as usual, so results do not change.
 
     Args:
         loader: A loader for which :func:`can_prefetch` holds. The random generators must be in the state that they will

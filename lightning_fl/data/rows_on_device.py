@@ -1,4 +1,4 @@
-"""Keeps data sets on a GPU, so that batches are gathered there instead of being sent there."""
+"""Keeps data sets on a GPU, so that batches are gathered there instead of being copied from the CPU."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lightning_fl.tree import num_bytes
 
 
 class RowsOnDevice:
-    """Moves data sets in memory to a device when they are first read, as long as they fit.
+    """Moves in-memory data sets to a device when they are first read, as long as they fit.
 
     Args:
         device: The device.
-        max_bytes: Returns the most bytes of data sets that it may hold; called once, when the first one is read.
+        max_bytes: Returns the maximum number of bytes of data sets to hold; called once, when the first one is read.
     """
 
     def __init__(self, device: torch.device, max_bytes: Callable[[], int]) -> None:
         self.device = device
         self._max_bytes = max_bytes
         self._num_left: int | None = None
-        # The sources themselves are kept too, because their ids stand for them.
+        # Keep references to the sources too, so that their ids are not reused.
         self._moved: dict[Any, tuple[RowSource, Sequence[int], RowSource]] = {}
 
     def place(self, source: RowSource) -> RowSource:
@@ -37,7 +37,7 @@ class RowsOnDevice:
             _, seen, moved = self._moved[key]
             if seen == versions:
                 return moved
-            del self._moved[key]  # somebody has written to the data since
+            del self._moved[key]  # the data have been modified since
             self._num_left += num_bytes(tensors)
         if all(tensor.device.type == self.device.type for tensor in tensors) or num_bytes(tensors) > self._num_left:
             return source

@@ -1,4 +1,4 @@
-"""Samplers for a part of a data set: what a loader's own sampler would draw, restricted to one client's samples."""
+"""Samplers for a part of a data set: a loader's own sampler, restricted to one client's samples."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch.utils.data import (
 
 
 def index_sampler(loader: DataLoader) -> Any:
-    """What yields the indices of single examples: the sampler, or that inside a plain ``BatchSampler``."""
+    """The sampler that yields the indices of single examples; a plain ``BatchSampler`` is unwrapped."""
     for batches in (loader.batch_sampler, loader.sampler):
         if type(batches) is BatchSampler:
             return batches.sampler
@@ -36,13 +36,13 @@ def is_plain(sampler: Any, num_samples: int) -> bool:
 
 
 def can_split(sampler: Any, num_samples: int) -> bool:
-    """Whether :func:`sampler_of_part` knows what a sampler would draw for a part of the samples."""
+    """Whether :func:`sampler_of_part` can restrict a sampler to a part of the samples."""
     kind = type(sampler)
     if kind is SubsetRandomSampler:
         return True
     if kind in (RandomSampler, WeightedRandomSampler):
         return len(sampler.data_source if kind is RandomSampler else sampler.weights) == num_samples
-    # As many as there are samples: it is taken for a permutation, which is checked when it is drawn.
+    # As many as there are samples: it is assumed to be a permutation, which is checked when it is drawn.
     return hasattr(sampler, "__len__") and len(sampler) == num_samples and not hasattr(sampler, "num_replicas")
 
 
@@ -62,7 +62,7 @@ def num_drawn(sampler: Any, num_samples: int, part: Any) -> int:
 
 
 def sampler_of_part(sampler: Any, dataset: Any, part: Sequence[int]) -> Sampler[int]:
-    """A sampler of the positions ``0 .. len(part)-1`` that draws as ``sampler`` does.
+    """A sampler of the positions ``0 .. len(part)-1`` that draws like ``sampler``.
 
     Args:
         sampler: The sampler of the whole data set.
@@ -91,8 +91,8 @@ def sampler_of_part(sampler: Any, dataset: Any, part: Sequence[int]) -> Sampler[
 class PartOfPermutation(Sampler[int]):
     """The samples of one client in the order in which a user's own sampler draws them.
 
-    The sampler is a copy, and its own generators are seeded by torch's, which is the client's: what it draws for one
-    client does not depend on who has been trained before.
+    The sampler is a copy, and its own generators are seeded from torch's, which is seeded by client: so its draws for
+    one client do not depend on which clients were trained before.
 
     Args:
         sampler: A sampler that yields each index of ``dataset`` once.
@@ -118,15 +118,15 @@ class PartOfPermutation(Sampler[int]):
         order = [int(index) for index in self.sampler]
         if len(order) != self.num_samples or len(set(order)) != self.num_samples:
             raise ValueError(
-                f"The sampler {type(self.sampler).__name__} draws {len(set(order))} different ones of "
-                f"{self.num_samples} samples in {len(order)} draws; to be split among clients it must draw each once. "
+                f"The sampler {type(self.sampler).__name__} draws {len(set(order))} different samples out of "
+                f"{self.num_samples} in {len(order)} draws; to be split among clients it must draw each once. "
                 f"{REMEDY}"
             )
         return iter([self.position[index] for index in order if index in self.position])
 
 
 REMEDY = (
-    "Make one for each client: fl.datamodules.PartitionedDataModule(..., sampler=lambda dataset: MySampler(dataset)), "
+    "Create one per client: fl.datamodules.PartitionedDataModule(..., sampler=lambda dataset: MySampler(dataset)), "
     "or batch_sampler=; or give each client its own loader with fl.datamodules.ClientLoaders."
 )
 

@@ -49,8 +49,8 @@ def check_splittable(loader: Any, options: Mapping[str, Any] | None = None) -> N
     ):
         found = loader.sampler if batch_sampler is None else batch_sampler
         raise ValueError(
-            f"The training loader has the custom batch_sampler {type(found).__name__}, of which only you know how to "
-            f"make one for a part of the samples. {REMEDY}"
+            f"The training loader has the custom batch_sampler {type(found).__name__}, which can't be restricted "
+            f"automatically to a part of the samples. {REMEDY}"
         )
     if not can_split(sampler, len(dataset)):
         raise ValueError(
@@ -80,7 +80,7 @@ def check_plain(loader: Any) -> None:
 
 
 def _check_dataset(loader: Any) -> Any:
-    # A subclass that iterates in a way of its own would lose that when its loader is made anew for each client.
+    # A subclass with its own way of iterating would lose it when the loader is recreated for each client.
     if not isinstance(loader, DataLoader) or type(loader).__iter__ is not DataLoader.__iter__:
         raise ValueError(
             f"The training loader is a {type(loader).__name__}; only one plain DataLoader can be split among clients. "
@@ -124,7 +124,7 @@ def split_loader(
     size, drop_last = getattr(batches, "batch_size", None), getattr(batches, "drop_last", False)
     clients = range(len(parts)) if ids is None else ids
     position = (
-        # A range finds a position without a dict of all clients, of which there may be a million.
+        # A range finds a position without a dict of all clients, which may be a million.
         clients.index if isinstance(clients, range) else {client: i for i, client in enumerate(clients)}.__getitem__
     )
     make = make_dataset or (lambda _, part: Subset(loader.dataset, part.tolist()))
@@ -144,7 +144,7 @@ def split_loader(
 def partition_loader(
     loader: DataLoader, partitioner: Partitioner, num_clients: int | None = None, seed: int = 0
 ) -> ClientLoaders:
-    """Splits a loader among clients by a partitioner.
+    """Splits a loader among clients with a partitioner.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
@@ -167,9 +167,9 @@ def partition_loader(
 
 
 def in_order(loader: Any) -> Any:
-    """A ``DataLoader`` over the same data that reads it in order, as Lightning's for ``overfit_batches``.
+    """A ``DataLoader`` that reads the same data in order, as Lightning does for ``overfit_batches``.
 
-    One that does so already, or has no sampler to replace, is returned as it is.
+    A loader that already does, or has no sampler to replace, is returned unchanged.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.sampler, SequentialSampler):
         return loader
@@ -179,7 +179,7 @@ def in_order(loader: Any) -> Any:
 
 
 def shard(loader: Any, rank: int, size: int) -> DataLoader:
-    """The part of an evaluation loader that one rank reads; no sample is repeated to make the parts equal.
+    """One rank's part of an evaluation loader; no sample is repeated to make the parts equal.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set.
@@ -194,14 +194,14 @@ def shard(loader: Any, rank: int, size: int) -> DataLoader:
         raise ValueError(
             f"split_validation=True can't split {len(loader.dataset)} samples among {size} ranks; set it to False."
         )
-    # Not a `DistributedSampler`, which repeats samples to make the ranks equal and so changes the metrics.
+    # Not a `DistributedSampler`, which repeats samples to make the parts equal and so changes the metrics.
     return _rebuild(loader, Subset(loader.dataset, range(rank, len(loader.dataset), size)))
 
 
 def share_among(loader: Any, rank: int, size: int, seed: int = 0) -> DataLoader:
-    """The part of a training loader that one process of a silo reads, as Lightning's ``DDPStrategy`` would cut it.
+    """The part of a training loader that one process of a silo reads, split as Lightning's ``DDPStrategy`` does.
 
-    All parts are of the same length, so that the processes step together; the last ones may repeat an example.
+    All parts have the same length, so that the processes step together; the last ones may repeat an example.
 
     Args:
         loader: A plain ``DataLoader`` over a map-style data set, or one with a ``DistributedSampler``.
@@ -214,9 +214,9 @@ def share_among(loader: Any, rank: int, size: int, seed: int = 0) -> DataLoader:
     """
     dataset: Any = getattr(loader, "dataset", None)
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
-        what = f"reads {type(dataset).__name__}, a stream," if isinstance(loader, DataLoader) else type(loader).__name__
+        what = f"reads {type(dataset).__name__}, a stream" if isinstance(loader, DataLoader) else type(loader).__name__
         raise ValueError(
-            f"The training loader {what} which processes can't share. Give one DataLoader over a map-style data set "
+            f"The training loader {what}, which processes can't share. Give one DataLoader over a map-style data set "
             "with the silo's data."
         )
     if isinstance(loader.sampler, DistributedSampler):
@@ -244,7 +244,7 @@ def with_dataset(
     Args:
         loader: The loader.
         dataset: The data set, whose samples are those of the loader's data set with the indices ``part``.
-        part: Indices. None: as many as there are, in order.
+        part: Indices. None: all, in order.
         options: Arguments that replace those of ``loader``.
         evaluate: Whether the samples are to be evaluated.
     """
@@ -275,12 +275,12 @@ def check_loader_options(options: Mapping[str, Any]) -> None:
         if name in _SAMPLERS and value is not None and (isinstance(value, Iterable) or not callable(value)):
             raise ValueError(
                 f"{name} is a {type(value).__name__}, which draws from one data set, but each client has its own. Give "
-                f"a function that makes one: {name}=lambda dataset: {type(value).__name__}(dataset)."
+                f"a function that creates one: {name}=lambda dataset: {type(value).__name__}(dataset)."
             )
 
 
 def make_loader(dataset: Any, options: Mapping[str, Any]) -> DataLoader:
-    """A ``DataLoader`` of one client; the functions among the options make samplers for its data set."""
+    """A ``DataLoader`` of one client; functions among the options create samplers for its data set."""
     options = {name: value for name, value in options.items() if name not in _SAMPLERS or value is not None}
     made = {name: options[name](dataset) for name in _SAMPLERS if name in options}
     # `DataLoader` refuses these beside the others.
@@ -291,7 +291,7 @@ def make_loader(dataset: Any, options: Mapping[str, Any]) -> DataLoader:
     # `RandomSampler` refuses an empty data set, which a client may have.
     if not len(dataset) and options.get("shuffle"):
         options["shuffle"] = False
-    # Only where batches are formed by index: a data set that reads a whole batch at once gives it as it is.
+    # Only if batches are formed by index: a data set that reads a whole batch at once returns it collated.
     if options.get("batch_size", 1) is not None or "batch_sampler" in made:
         dataset, options["collate_fn"] = with_fast_collation(dataset, options.get("collate_fn"))
     return DataLoader(dataset, **options)
@@ -312,10 +312,10 @@ def _rebuild(
         "timeout": loader.timeout,
         "worker_init_fn": loader.worker_init_fn,
         "multiprocessing_context": loader.multiprocessing_context,
-        # The new loader makes its own sampler, which gets only this generator; that of the old sampler would be lost.
+        # The new loader creates its own sampler, which gets only this generator; the old sampler's would be lost.
         "generator": loader.generator if loader.generator is not None else _generator_of(sampler),
         "prefetch_factor": loader.prefetch_factor,
-        "persistent_workers": False,  # they would pile up, one set per client
+        "persistent_workers": False,  # they would accumulate, one set per client
         "in_order": loader.in_order,
     }
     given = dict(options or {})
@@ -340,6 +340,6 @@ def _generator_of(sampler: Any) -> torch.Generator | None:
 
 
 def _size(sampler: Any) -> str:
-    """What a sampler draws, for an error message."""
+    """Describes the number of samples that a sampler draws, for an error message."""
     replaced = " with replacement" if getattr(sampler, "replacement", False) else ""
     return f"{len(sampler) if hasattr(sampler, '__len__') else '?'}{replaced}"

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 _LABEL_KEYS = ("targets", "labels", "target", "label", "y")
 MAX_RARE_LABELS, MIN_PER_LABEL = 20, 3
-"""More labels than this need this many samples each on average; otherwise they are taken for numbers."""
+"""With more labels than this, each needs this many samples on average; otherwise they are treated as numbers."""
 Find = Callable[[Any], np.ndarray | None]
 
 
@@ -56,7 +56,7 @@ def targets(dataset: Any) -> np.ndarray:
 
 
 def stored_labels(dataset: Any) -> np.ndarray | None:
-    """The class labels of a data set that has them at hand, int64 of shape ``[num_samples]``; None if it has none."""
+    """The class labels that a data set stores, int64 of shape ``[num_samples]``; None if it stores none."""
     values = _find_stored(dataset, _stored_targets)
     if values is None or values.dtype.kind not in "iub" or values.size != len(values):
         return None
@@ -66,9 +66,9 @@ def stored_labels(dataset: Any) -> np.ndarray | None:
 def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
     """The group of each sample for a split by label, int64 of shape ``[num_samples]``, numbered from 0 without gaps.
 
-    Each class is a group; integers that are hardly ever equal are refused, because they must be numbers. Regression
-    targets with more than ``num_bins`` different values are binned at their quantiles. A sample with several labels
-    belongs to the group of its rarest label; samples without a label form a group.
+    Each class is a group; integers of which hardly any are equal are refused, because they must be regression targets.
+    Regression targets with more than ``num_bins`` different values are binned at their quantiles. A sample with several
+    labels belongs to the group of its rarest label; samples without a label form a group.
 
     Args:
         dataset: A map-style data set.
@@ -98,7 +98,7 @@ def label_groups(dataset: Any, num_bins: int = 10) -> np.ndarray:
 
 
 Column = str | int | Sequence[Any] | np.ndarray | Callable[[Any], Any]
-"""What names one value of each sample."""
+"""Identifies one value of each sample; see :func:`column`."""
 
 
 def column(dataset: Any, name: Column) -> np.ndarray:
@@ -135,7 +135,7 @@ def column(dataset: Any, name: Column) -> np.ndarray:
 
 
 def column_name(name: Column) -> str:
-    """The column as an error names it."""
+    """The column's name for an error message."""
     return f"column {name!r}" if isinstance(name, str | int) else "the column"
 
 

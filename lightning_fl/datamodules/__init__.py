@@ -1,4 +1,4 @@
-"""Federated data: whose data is whose, as LightningDataModules."""
+"""LightningDataModules for federated data, which belongs to clients or is split among them."""
 
 from lightning_fl.data.client_loaders import ClientLoaders
 from lightning_fl.data.partitioners.feature_skew import FeatureNoise

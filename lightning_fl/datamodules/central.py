@@ -23,8 +23,8 @@ class CentralDataModule(L.LightningDataModule):
         num_workers: Worker processes per loader.
         eval_batch_size: Examples per batch in validation, test and prediction. None: the larger of ``batch_size`` and
             256.
-        public_share: Fraction of the training data that nobody trains on, in [0, 1): public data for whoever runs the
-            federation, as for :class:`~lightning_fl.callbacks.EnsembleDistillation`.
+        public_share: Fraction of the training data that no client trains on, in [0, 1): public data for the server, as
+            for :class:`~lightning_fl.callbacks.EnsembleDistillation`.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -96,13 +96,13 @@ class CentralDataModule(L.LightningDataModule):
         return self._loader(self.test_set)
 
     def public_dataloader(self) -> DataLoader:
-        """The data that nobody trains on.
+        """The public data, on which no client trains.
 
         Raises:
             ValueError: If ``public_share`` is 0.
         """
         if not self.public_share:
-            raise ValueError(f"{type(self).__name__} has no public data: set public_share, such as 0.2.")
+            raise ValueError(f"{type(self).__name__} has no public data. Set public_share, for example to 0.2.")
         return self._loader(self.public_set)
 
     def predict_dataloader(self) -> DataLoader:

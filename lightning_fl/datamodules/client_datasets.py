@@ -33,7 +33,7 @@ class ClientDatasets(OptionalLoaders):
         num_workers: Worker processes per loader.
         drop_last: Whether training drops an incomplete last batch.
         **loader_options: Any other argument of ``DataLoader``, such as ``collate_fn`` or ``pin_memory``; ``sampler``
-            and ``batch_sampler`` are functions that make one from a client's training data.
+            and ``batch_sampler`` are functions that create one for a client's training data.
 
     Raises:
         ValueError: If ``train`` is empty or neither a sequence nor a mapping, ``batch_size`` is less than 1, or a
@@ -62,7 +62,7 @@ class ClientDatasets(OptionalLoaders):
         super().__init__()
         check_loader_options(loader_options)
         if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size} must be at least 1, or None for one batch of all the examples.")
+            raise ValueError(f"batch_size={batch_size} must be at least 1, or None for one batch of all examples.")
         self._train = _by_client(train)
         self._val = _sources("val", val)
         self._val_by_client = _by_client(val) if isinstance(val, Mapping | Sequence) else {}
@@ -149,7 +149,7 @@ def _union(sources: Collection[Source]) -> Dataset:
 
 
 def _open(source: Source) -> Dataset:
-    # A data set may be callable as well.
+    # A data set may itself be callable.
     dataset: Any = source() if callable(source) and not hasattr(source, "__getitem__") else source
     if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
         raise ValueError(

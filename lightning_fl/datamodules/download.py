@@ -14,9 +14,9 @@ class RemoteFile:
 
     Args:
         name: Its name on disk.
-        url: Where it is.
+        url: Its address.
         size: Its size in bytes, which is shown before the download.
-        sha256: Its checksum, hexadecimal.
+        sha256: Its SHA-256 checksum, hexadecimal.
     """
 
     name: str
@@ -34,15 +34,15 @@ def download(
 ) -> list[Path]:
     """Downloads the files that are not yet in a folder.
 
-    A file gets its name only after its checksum was verified; an interrupted download leaves nothing behind. Processes
-    that share the folder download each file once: the others wait.
+    A file gets its name only after its checksum is verified; an interrupted download leaves nothing behind. If several
+    processes share the folder, one downloads each file and the others wait.
 
     Args:
         title: Name of the data set, for the messages.
-        files: What to download.
-        folder: Where to put the files; created if necessary.
-        timeout: Seconds without an answer after which a connection counts as broken.
-        retries: How often a failed download is started again, at least 0.
+        files: The files to download.
+        folder: The folder of the files; created if necessary.
+        timeout: Seconds without a response after which a connection counts as broken.
+        retries: Number of times that a failed download is retried, at least 0.
 
     Returns:
         The files' paths.
@@ -67,7 +67,7 @@ def download(
         print(f"Downloading {title}: {len(missing)} file(s), {size:.1f} MB, to {folder}", file=sys.stderr)
         with FileLock(folder / ".download.lock"):
             for file in missing:
-                if not (folder / file.name).exists():  # another process may have had the lock
+                if not (folder / file.name).exists():  # another process may have downloaded it meanwhile
                     _fetch(file, folder, timeout, retries)
     return [folder / file.name for file in files]
 
@@ -86,7 +86,7 @@ def _fetch(file: RemoteFile, folder: Path, timeout: float, retries: int) -> None
             path = Path(source.fetch(file.name, downloader=downloader))
         except (OSError, ValueError) as error:  # ValueError: the checksum is wrong
             raise DownloadError(
-                f"{file.url} could not be downloaded: {error} Nothing was saved. Try again, or put {file.name} into "
+                f"{file.url} could not be downloaded ({error}). Nothing was saved. Try again, or put {file.name} into "
                 f"{folder} by hand."
             ) from error
     # pooch makes the file readable by its owner only, but a data folder is often shared

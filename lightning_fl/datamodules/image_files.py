@@ -47,7 +47,7 @@ class ImageFilesDataModule(CentralDataModule):
     folders: ClassVar[Sequence[str]]
     """Its folders within ``$LIGHTNING_FL_DATA`` and ``data``; downloads go into the first."""
     system_folder: ClassVar[str | None] = None
-    """Where a system package installs the files."""
+    """The folder in which a system package installs the files."""
     files: ClassVar[Sequence[RemoteFile]]
     """The files to download."""
     num_classes: ClassVar[int]
@@ -69,7 +69,7 @@ class ImageFilesDataModule(CentralDataModule):
 
     @property
     def learned_from_data(self) -> str:
-        """What the scaling has learned exactly from the training data, and what to do under differential privacy."""
+        """What the scaling learned from the training data without noise, and what to do under differential privacy."""
         if self.scaling == "unit":
             return ""
         return f"the mean and deviation of its pixels (scaling={self.scaling!r}). Use scaling='unit'."
@@ -84,7 +84,7 @@ class ImageFilesDataModule(CentralDataModule):
 
     def prepare_data(self) -> None:
         """Downloads the files if they are missing and ``download`` is set."""
-        # Here and not in `setup`, because Lightning calls this in one process of a machine only.
+        # Here and not in `setup`, because Lightning calls this in one process per machine only.
         if self.download and self._find() is None:
             download(self.title, self.files, self._candidates()[0])
 
@@ -125,7 +125,7 @@ class ImageDataset(Dataset):
         images: uint8 of shape ``[num_samples, channels, height, width]``.
         targets: Class labels, int64 of shape ``[num_samples]``.
         mean: Subtracted from the pixels, in 0 to 255; broadcasts to ``[channels, height, width]``.
-        std: Divides the result, in the same unit; broadcasts likewise.
+        std: Divides the result, in the same unit and shape.
         transform: Applied to each float32 image, such as an augmentation.
     """
 
@@ -155,23 +155,23 @@ class ImageDataset(Dataset):
         if self.images.device.type != "cpu":
             rows = torch.as_tensor(indices, dtype=torch.int64).to(self.images.device)
             return [(self.images[rows].float() - self.mean) / self.std, self.targets[rows]]
-        # NumPy, because torch would start threads, which cost more than the arithmetic of one batch
+        # NumPy, because torch would start threads, which takes longer than the arithmetic of one batch
         pixels = self.images.numpy()[indices].astype(np.float32)
         return [torch.from_numpy((pixels - self.mean.numpy()) / self.std.numpy()), self.targets[indices]]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What holds the images, with what converts them."""
+        """The tensors that hold the images, the targets, and the mean and deviation that convert pixels."""
         return self.images, self.targets, self.mean, self.std
 
     def to(self, device: torch.device) -> ImageDataset:
-        """The same images on another device, where they are still bytes."""
+        """The same images, still as bytes, on another device."""
         images, targets, mean, std = (tensor.to(device) for tensor in self.tensors)
         return ImageDataset(images, targets, mean, std, self.transform)
 
     @property
     def row_spec(self) -> Any:
-        """Shape and dtype of an image and a target; None with a transform, which may be random or change them."""
+        """Shape and dtype of an image and a target; None with a transform, which may be random or change the shape."""
         if self.transform is not None:
             return None
         return (self.images.shape[1:], torch.float32), (self.targets.shape[1:], self.targets.dtype)
@@ -206,13 +206,13 @@ def pixel_statistics(images: Tensor, scaling: str) -> tuple[Tensor, Tensor]:
         squares = squares + (values**2).sum(axes, keepdim=True)
     count = images.numel() / total.numel()
     mean = total / count
-    # Rounding can take the difference below 0 for a pixel that is the same in all images.
+    # Rounding can make the difference negative for a pixel that is the same in all images.
     std = (squares / count - mean**2).clamp(min=0).sqrt() + (1e-3 if scaling == "pixel" else 0)
     return mean[0].float(), std[0].clamp(min=1e-6).float()
 
 
 def check_labels(name: str, images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Checks that images and labels belong together.
+    """Checks that images and labels match.
 
     Raises:
         ValueError: If their numbers differ, there are none, or a label is out of range.

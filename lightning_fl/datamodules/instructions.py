@@ -1,4 +1,4 @@
-"""Instructions and responses by client, as tokens for causal language models."""
+"""Instructions and responses by client, tokenized for causal language models."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class InstructionDataModule(NaturalDataModule):
 
     A batch is a mapping with ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``[batch, length]``, as
     :class:`~lightning_fl.models.CausalLM` reads it: the instruction in the template, the response and the end token;
-    the labels of the instruction and of padding are -100. With ``rejected`` it has the same three for responses that
-    are worse, ``rejected_input_ids`` and so on, for :class:`~lightning_fl.models.DPO`.
+    the labels of the instruction and of padding are -100. With ``rejected`` it has the same three entries for the
+    rejected responses, ``rejected_input_ids`` and so on, for :class:`~lightning_fl.models.DPO`.
 
     Args:
-        path: The file; each line is an object with the columns below.
-        client: The column that says whose example it is.
+        path: The file; each line is a JSON object with the columns below.
+        client: The column that names the example's client.
         instruction: The column of the instruction.
         response: The column of the response.
-        rejected: The column of a worse response. None: there is none.
+        rejected: The column of a rejected response. None: there is none.
         tokenizer: A ``tokenizer.json`` of the tokenizers library, with the tokens ``<pad>`` and ``<end>``. None: a
-            byte-level BPE is trained on this file, which is right in a simulation; silos need a common one, and are
-            told if theirs differ.
-        vocabulary_size: Tokens of a BPE that is trained.
+            byte-level BPE is trained on this file, which suits a simulation; silos need a common tokenizer, and get an
+            error if theirs differ.
+        vocabulary_size: Number of tokens of the BPE that is trained.
         template: The text before the response, with ``{instruction}``.
-        max_length: Tokens of the longest example; longer ones lose the end of their instruction.
+        max_length: Maximum number of tokens of an example; the instruction of a longer one is cut at its end.
         batch_size: Examples per training batch.
         **kwargs: ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
@@ -99,7 +99,7 @@ class InstructionDataModule(NaturalDataModule):
                     row = {name: found[column] for name, column in self.columns.items()}
                     client = as_client_id(row.pop("client"))
                     if not all(isinstance(text, str) for text in row.values()):
-                        raise ValueError(f"{[*row]} must be texts")
+                        raise ValueError(f"{[*row]} must be strings")
                 except (KeyError, TypeError, ValueError) as error:
                     raise ValueError(
                         f"{self.path}, line {number}: expected an object with {', '.join(self.columns.values())} "
@@ -125,7 +125,7 @@ class InstructionDataModule(NaturalDataModule):
 
     @property
     def described_columns(self) -> dict[str, str]:
-        """What the token numbers mean, to be compared between silos."""
+        """The meaning of the token ids, to be compared between silos."""
         return {"tokenizer": hashlib.blake2b(self.tokenizer.to_str().encode(), digest_size=16).hexdigest()}
 
     def encode(self, instruction: str, response: str) -> tuple[list[int], list[int]]:
@@ -141,7 +141,7 @@ class InstructionDataModule(NaturalDataModule):
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, up to the end token."""
+        """The text of a sequence of tokens, up to the end token."""
         end = self.tokenizer.token_to_id(END)
         kept = list(tokens)[: list(tokens).index(end)] if end in tokens else list(tokens)
         text: str = self.tokenizer.decode(kept)

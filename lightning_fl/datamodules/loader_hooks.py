@@ -1,4 +1,4 @@
-"""Which loaders a datamodule returns: by client or pooled, and none where it has no data."""
+"""Decides which loaders a datamodule returns: by client or pooled, and none without data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ class OptionalLoaders(L.LightningDataModule):
     """A datamodule of clients, which may turn out to have no data for validation, test or prediction."""
 
     gives_clients = True
-    """Its clients are simulated, so every rank has the same validation data, whatever started the ranks."""
+    """Its clients are simulated, so every rank has the same validation data, however the ranks were launched."""
 
     def _hide_loaders(self, *hooks: str) -> None:
         """Makes Lightning treat these loader hooks as not implemented.
 
-        Lightning asks only whether a hook is overridden: if it is not, ``fit`` skips validation and ``Trainer.test``
-        says what is missing. If a hook returned an empty list instead, they would silently run over no data.
+        Lightning only checks whether a hook is overridden: if it is not, ``fit`` skips validation and ``Trainer.test``
+        reports what is missing. If a hook returned an empty list instead, they would silently run on no data.
         """
         for hook in hooks:
             # a partial, because a bound method would be unpickled as the subclass's method

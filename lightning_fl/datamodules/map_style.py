@@ -30,7 +30,7 @@ class TorchDataModule(NaturalDataModule):
         test: Test data. None: ``test_share`` of each client's samples is held out.
         client: The column that names the client: an attribute of the data set with one value per sample, an entry of
             samples that are mappings, or the position of an entry of samples that are tuples.
-        brings_test: Whether :meth:`load` may return test data although ``test`` is None.
+        brings_test: Whether :meth:`load` may return test data even if ``test`` is None.
         **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
 
@@ -166,7 +166,7 @@ class HuggingFaceDataModule(TorchDataModule):
         if Path(self.path).is_dir():
             return datasets.load_from_disk(str(self.path))
         try:
-            # without permission to download, only the library's cache is searched
+            # without download=True, only the library's cache is searched
             options = datasets.DownloadConfig(local_files_only=not self.download)
             return datasets.load_dataset(str(self.path), self.name, download_config=options)
         except Exception as error:
@@ -202,7 +202,7 @@ def to_tensor(value: Any, name: str) -> Tensor:
 
 
 class _Rows(Dataset):
-    """Rows converted to examples; partitioners find ``targets`` without converting every row."""
+    """Rows converted to examples; ``targets`` lets partitioners read the targets without converting every row."""
 
     def __init__(self, rows: Any, make: Callable[[dict[str, Any]], Any], target: str | None) -> None:
         self.rows = rows

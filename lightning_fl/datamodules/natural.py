@@ -44,7 +44,7 @@ class NaturalDataModule(OptionalLoaders):
     one shuffled loader over all training data, which is the centralised baseline. Each client holds out a part of its
     samples for validation and test. The global model is validated and tested on the union of these parts;
     ``client_val_dataloaders()`` and ``client_test_dataloaders()`` return them by client. Subclasses override
-    :meth:`read`; a method ``collate``, if there is one, makes a batch of a list of examples.
+    :meth:`read`; an optional method ``collate`` makes a batch from a list of examples.
 
     Args:
         batch_size: Examples per training batch.
@@ -87,7 +87,7 @@ class NaturalDataModule(OptionalLoaders):
         """The clients and their samples."""
 
     def setup(self, stage: str | None = None) -> None:
-        """Finds out who the clients are; reads the data only once."""
+        """Finds the clients; reads the data only once."""
         if self._data is None:
             self._data = self.read()
 
@@ -194,7 +194,7 @@ class _Pooled(Dataset):
     def __init__(self, ids: Sequence[ClientId], sizes: np.ndarray, open_client: Callable[[Any], Dataset]) -> None:
         self.ids = ids
         self.ends = np.cumsum(sizes)
-        # shuffled reading jumps between clients, but to keep thousands open would hold all data in memory
+        # shuffled reading jumps between clients, but keeping thousands of them open would hold all data in memory
         self._open = lru_cache(_MAX_OPEN_CLIENTS)(open_client)
 
     def __len__(self) -> int:

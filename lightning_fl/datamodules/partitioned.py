@@ -53,7 +53,7 @@ class PartitionedDataModule(OptionalLoaders):
         val_share: Fraction of each client's samples held out for its own validation, in [0, 1).
         test_share: Fraction of each client's samples held out for its own test, in [0, 1).
         **loader_options: Arguments of ``DataLoader`` that replace those of the training loader of ``data``;
-            ``sampler`` and ``batch_sampler`` are functions that make one from a client's data set.
+            ``sampler`` and ``batch_sampler`` are functions that create one for a client's data set.
 
     Raises:
         ValueError: If a fraction is out of range, or a loader option is unknown; when the loaders are created, if the
@@ -92,7 +92,7 @@ class PartitionedDataModule(OptionalLoaders):
         self.allow_zero_length_dataloader_with_multiple_devices = (
             data.allow_zero_length_dataloader_with_multiple_devices
         )
-        # Lightning looks at which hooks are overridden, so only those that `data` overrides are forwarded.
+        # Lightning checks which hooks are overridden, so only those that `data` overrides are forwarded.
         for hook in _FORWARDED_HOOKS:
             if is_overridden(hook, data):
                 setattr(self, hook, getattr(data, hook))
@@ -103,12 +103,12 @@ class PartitionedDataModule(OptionalLoaders):
 
     @property
     def learned_from_data(self) -> str:
-        """What the preprocessing of ``data`` has learned exactly from the training data."""
+        """What the preprocessing of ``data`` learned from the training data without noise."""
         return str(getattr(self.data, "learned_from_data", ""))
 
     @property
     def release(self) -> Any:
-        """What the preprocessing of ``data`` has released under differential privacy; None if nothing."""
+        """The release of the preprocessing of ``data`` under differential privacy; None if there is none."""
         return getattr(self.data, "release", None)
 
     @property
@@ -124,7 +124,7 @@ class PartitionedDataModule(OptionalLoaders):
         """The clients' loaders; one loader over all their data if the strategy is not federated."""
         if wants_client_loaders(self.trainer):
             return self._client_loaders("train")
-        # Only then does the centralised baseline need a loader of its own to train on the same examples.
+        # Only then does the centralised baseline need a separate loader to train on the same examples.
         if self.partitioner.changes_examples or sum(self.holdout) > 0 or self.loader_options:
             return self._pooled_loader("train")
         return self.data.train_dataloader()

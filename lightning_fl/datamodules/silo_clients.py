@@ -1,4 +1,4 @@
-"""Natural clients dealt to silos, to try silos on data at hand."""
+"""Assigns natural clients to silos, to try silos on existing data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from lightning_fl.datamodules.natural import NaturalDataModule
 
 
 class SiloClients(L.LightningDataModule):
-    """Deals the clients of a data set to silos, each of which then has one set; for a trial on one machine.
+    """Assigns the clients of a data set to silos and pools each silo's data; for a trial on one machine.
 
-    Silo i of n gets every n-th client from the i-th on, for training and validation. A strategy that is not federated
-    gets the data of all clients, which is the centralised baseline.
+    Silo i of n gets every n-th client, starting at the i-th, for training and validation. A strategy that is not
+    federated gets the data of all clients, which is the centralised baseline.
 
     Args:
-        data: The data, such as :class:`~lightning_fl.datamodules.ShakespeareDataModule`; its ``batch_size`` is that of
-            a process.
+        data: The data, such as :class:`~lightning_fl.datamodules.ShakespeareDataModule`; its ``batch_size`` is per
+            process.
         silo: Index of the silo that this process belongs to. None: its rank.
-        num_silos: Number of silos. None: the ranks of the federation.
+        num_silos: Number of silos. None: the number of ranks of the federation.
 
     Raises:
-        ValueError: If ``silo`` and ``num_silos`` don't go together.
+        ValueError: If only one of ``silo`` and ``num_silos`` is given, or ``silo`` is out of range.
     """
 
     def __init__(self, data: NaturalDataModule, silo: int | None = None, num_silos: int | None = None) -> None:

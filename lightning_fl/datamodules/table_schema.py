@@ -1,4 +1,4 @@
-"""How a table is encoded as tensors: its columns, their scaling, categories and classes."""
+"""The encoding of a table as tensors: its columns, their scaling, categories and classes."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class TableSchema:
         numeric: Mean and standard deviation of each numeric column.
         categories: The values of each other column.
         classes: The values of the target; None for a regression.
-        origin: ``"public"``: from what everybody may know; ``"data"``: learned exactly from the rows of a table, which
-            differential privacy refuses; ``"private"``: the numbers by ``release``, the rest public.
-        release: The release by which the numbers were learned under differential privacy.
+        origin: ``"public"``: public knowledge; ``"data"``: learned from the rows of a table without noise, which
+            differential privacy refuses; ``"private"``: ``numeric`` from ``release``, the rest public.
+        release: The differentially private release of ``numeric``.
     """
 
     target: str
@@ -53,19 +53,19 @@ class TableSchema:
         categories: Mapping[str, Sequence[Any]] | None = None,
         classes: Sequence[Any] | None = None,
     ) -> TableSchema:
-        """A schema from public knowledge, without a look at the data: each range becomes [-1, 1].
+        """A schema from public knowledge, without reading the data: each range is scaled to [-1, 1].
 
         Args:
             target: The column to predict.
             ranges: The smallest and largest value of each numeric column.
-            categories: The values of each other column.
+            categories: The values of each other column. Default None: there are none.
             classes: The values of the target; None for a regression.
         """
         numeric = {column: ((low + high) / 2, (high - low) / 2) for column, (low, high) in ranges.items()}
         return cls(target, numeric, categories or {}, classes)
 
     def scaled(self, scaling: PrivateScaling, table: Any, rows: np.ndarray, owners: np.ndarray) -> TableSchema:
-        """The schema with the numbers of a private scaling, which it releases.
+        """The schema with the means and deviations of a private scaling, which this call releases.
 
         Args:
             scaling: The scaling.
@@ -78,8 +78,8 @@ class TableSchema:
         """
         if scaling.ranges.keys() != self.numeric.keys():
             raise ValueError(
-                f"PrivateScaling has ranges of {', '.join(scaling.ranges)}; the numeric columns of the schema are "
-                f"{', '.join(self.numeric)}. Give a range for each of these."
+                f"PrivateScaling has ranges for {', '.join(scaling.ranges)}, but the numeric columns of the schema are "
+                f"{', '.join(self.numeric)}. Give a range for each of these and no other."
             )
         values = {column: _numbers(table[column].iloc[rows], column) for column in scaling.ranges}
         numeric, release = scaling.fit(values, owners)
@@ -151,7 +151,7 @@ class TableSchema:
         columns = [np.nan_to_num(values, nan=0.0) for values in columns]
         for column, values in self.categories.items():
             text = table[column].astype(str).to_numpy()
-            # As text a missing value is "nan", which may be the name of a category.
+            # Converted to a string, a missing value is "nan", which may be the name of a category.
             is_known = [(text == str(value)) & table[column].notna().to_numpy() for value in values]
             columns += is_known
             _warn_of_unlisted(column, text[~np.any(is_known, axis=0) & table[column].notna().to_numpy()], values, name)
@@ -232,7 +232,7 @@ def _warn_of_unlisted(column: str, unlisted: np.ndarray, values: Sequence[Any], 
         found = ", ".join(map(repr, sorted(set(unlisted.tolist()))[:5]))
         warnings.warn(
             f"Column {column!r} of {name} has {len(unlisted)} values that the schema does not list, such as {found}; "
-            f"encoded as zeros. It lists {', '.join(map(repr, values[:20]))}. Is the column coded differently?",
+            f"encoded as zeros. It lists {', '.join(map(repr, values[:20]))}. Check how the column is coded.",
             stacklevel=2,
         )
 

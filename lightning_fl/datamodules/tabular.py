@@ -38,7 +38,7 @@ class TabularDataModule(NaturalDataModule):
             more than 20 different values.
         missing: ``"error"``: rows with missing features are an error. ``"mean"``: a missing number is replaced by the
             mean, a missing category by zeros.
-        schema: How columns are encoded, as a file written by ``TableSchema.save``; silos that train together need the
+        schema: The encoding of the columns, a file written by ``TableSchema.save``; silos that train together need the
             same one. None: learned from the training rows.
         scaling: Replaces the schema's means and standard deviations by those of the training rows, released under
             differential privacy; the ledger of the training counts the release. It needs a ``schema``. Save
@@ -81,12 +81,14 @@ class TabularDataModule(NaturalDataModule):
         if missing not in ("error", "mean"):
             raise ValueError(f"missing={missing!r} is unknown; expected 'error' or 'mean'.")
         if schema is not None and (features is not None or drop or task != "auto"):
-            raise ValueError("schema already says which columns are read and how; leave out features, drop and task.")
+            raise ValueError(
+                "schema already defines the columns and their encoding. Leave out features, drop and task."
+            )
         if scaling is not None and schema is None:
             raise ValueError(
                 "scaling gives means and standard deviations only; columns, categories and classes would still be "
-                "learned exactly from the data. Give a schema of public knowledge too: TableSchema.from_ranges(...)."
-                "save('schema.json'), then schema='schema.json'."
+                "learned from the data without noise. Give a schema of public knowledge too: "
+                "TableSchema.from_ranges(...).save('schema.json'), then schema='schema.json'."
             )
         if target == client:
             raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
@@ -115,7 +117,7 @@ class TabularDataModule(NaturalDataModule):
                 return_counts=True,
             )
             ids = keys.tolist()
-            # Contiguous rows, so that a client's tensors are slices of the table's and not copies.
+            # Contiguous rows, so that a client's tensors are slices of the table's tensors, not copies.
             table = table.iloc[np.argsort(owner, kind="stable")].reset_index(drop=True)
         starts = dict(zip(ids, (np.cumsum(sizes) - sizes).tolist(), strict=True))
         counts = dict(zip(ids, sizes.tolist(), strict=True))
@@ -135,9 +137,9 @@ class TabularDataModule(NaturalDataModule):
 
     @property
     def described_columns(self) -> dict[str, str]:
-        """What the positions of the model's input and output mean, on which silos have to agree; after ``setup()``.
+        """The meaning of the model's inputs and outputs, on which silos have to agree; after ``setup()``.
 
-        Numbers of the schema are described only if the silos share them; those learned from a silo's rows are its own.
+        The schema's numbers are included only if the silos share them, not if they were learned from a silo's own rows.
         """
         if self._data is None:
             return {}
@@ -153,18 +155,18 @@ class TabularDataModule(NaturalDataModule):
 
     @property
     def learned_from_data(self) -> str:
-        """What the schema has learned exactly from the data, and what to do under differential privacy."""
+        """What the schema learned from the data without noise, and what to do under differential privacy."""
         if self._data is None or self.schema.origin != "data":
             return ""
         return (
             "the means, deviations, categories and classes of its columns. Give a schema of public knowledge, "
             "TableSchema.from_ranges(...).save('schema.json') and schema='schema.json', and "
-            "scaling=PrivateScaling(...) for means and deviations by the data."
+            "scaling=PrivateScaling(...) for means and deviations learned from the data."
         )
 
     @property
     def release(self) -> ScalingRelease | None:
-        """What the schema has released of the data under differential privacy; None if nothing."""
+        """The schema's release about the data under differential privacy; None if there is none."""
         return None if self._data is None else self.schema.release
 
     @property

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 
-from lightning_fl.engines.spread import local, spread_like
-from lightning_fl.optimizer_tree import pack_param_state, pack_values, unpack_param_state
+from lightning_fl.engines.kept_optimizers import keep, load_kept
 from lightning_fl.torch_internals import version_counter
 from lightning_fl.types import Tree
 
@@ -65,6 +64,21 @@ class ScheduleEnd:
     states: dict[int, dict[str, Any]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class StartingPoint:
+    """From where every client of a round starts, beside the states of the optimizers.
+
+    Args:
+        options: Each optimizer's options (learning rate, momentum, ...), one mapping per parameter group.
+        schedules: The states of the schedules.
+        scaler: The state of the gradient scaler; empty if there is none.
+    """
+
+    options: Sequence[list[dict[str, Any]]] = ()
+    schedules: Sequence[dict[str, Any]] = ()
+    scaler: Mapping[str, Any] = field(default_factory=dict)
+
+
 class FedNovaNormalizer:
     """FedNova's normalizer: how far SGD moves under a constant gradient of 1, in units of its first learning rate.
 
@@ -105,16 +119,13 @@ class OptimizerStates:
 
     def __init__(self, optimizers: Sequence[Optimizer], scaler: Any = None) -> None:
         self._scaler = scaler
-        self.scaler_at_start: dict[str, Any] = {}
-        """The state of the gradient scaler at the round's start; empty if there is none."""
+        self.start = StartingPoint()
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
         self._normalizers: list[list[FedNovaNormalizer]] | None = None
         self._is_counting = True
         self._own_params: list[list[list[nn.Parameter]]] = []
-        self._options: list[list[dict[str, Any]]] = []
-        self._schedule_states: list[dict[str, Any]] = []
         self._first_epochs: list[int] = []
         self._hooks: list[Any] = []
         self.take(optimizers)
@@ -160,27 +171,19 @@ class OptimizerStates:
     def begin_round(self, schedules: Sequence[Schedule] = ()) -> None:
         """Saves the options and schedules from which every client of the round starts."""
         self.schedules = list(schedules)
-        self._options = [options_of(optimizer) for optimizer in self.optimizers]
-        self.scaler_at_start = self._scaler_state()
+        self.start = self._present()
         self._first_epochs = [getattr(schedule.scheduler, "last_epoch", 0) for schedule in self.schedules]
+
+    def _present(self) -> StartingPoint:
         # `state_dict` holds the scheduler's own containers, which its steps may change.
-        self._schedule_states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        schedules = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        return StartingPoint([options_of(optimizer) for optimizer in self.optimizers], schedules, self._scaler_state())
 
     def restart(self, kept: Tree | None) -> None:
         """Restores the round's options and schedules, with a fresh optimizer state or the client's last one."""
-        self._restore()
-        for index, optimizer in enumerate(self.optimizers):
-            for position, group in enumerate(optimizer.param_groups if kept else ()):
-                group.update(unpack_param_state(_options_of_kept(kept or {}, index, position)))
-            # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
-            optimizer.state.clear()
-            if kept is None:
-                optimizer.state.update(_copy_state(self._fresh[index]))
-            else:
-                state: dict[Any, Any] = dict(_unpack(kept, index, optimizer))
-                optimizer.state.update(state)
-            # Also under manual optimization, where the module may add to gradients that it finds.
-            _empty_grads(optimizer)
+        self._go_to(self.start)
+        if kept is not None:
+            load_kept(kept, self.optimizers)
         # An empty `kept` is that of SGD without momentum, which starts as if it were fresh. Momentum of an earlier
         # round would move the parameters in a way that the normalizer does not know.
         self._start_counting(not kept and all(type(optimizer) is SGD for optimizer in self.optimizers))
@@ -226,11 +229,10 @@ class OptimizerStates:
     def num_steps_apart(self) -> float:
         """The number of a client's first steps that it can take only together with clients that are at the same step.
 
-        Plain SGD has no state, momentum is special in the first step, others count steps in a state that all share.
+        Plain SGD has no state; momentum and what others average begin with the first step. Where the number of steps is
+        in the formula, all must be at the same one, except for Adam, which takes a number for each client.
         """
-        if any(type(optimizer) is not SGD for optimizer in self.optimizers):
-            return math.inf
-        return int(any(group["momentum"] for optimizer in self.optimizers for group in optimizer.param_groups))
+        return max(map(_num_steps_apart, self.optimizers), default=0)
 
     def recount(self, num_steps: int) -> None:
         """Restarts counting with ``num_steps`` steps at the current options."""
@@ -243,21 +245,7 @@ class OptimizerStates:
 
     def keep(self) -> Tree:
         """The optimizers' states as a tree, to be passed to :meth:`restart` in the client's next round."""
-        states = {
-            f"{index}.{position}.{entry}": local(value).clone()
-            for index, optimizer in enumerate(self.optimizers)
-            for position, param in enumerate(_params(optimizer))
-            for entry, value in pack_param_state(optimizer, param, _KEEP_REMEDY).items()
-        }
-        options = {
-            f"{index}.{_GROUP}{position}.{entry}": value.clone()
-            for index, (optimizer, own) in enumerate(zip(self.optimizers, self._own_options, strict=True))
-            for position, group in enumerate(optimizer.param_groups if own else ())
-            for entry, value in pack_values(
-                type(optimizer), {name: group[name] for name in sorted(own & group.keys())}, _KEEP_REMEDY
-            ).items()
-        }
-        return {**states, **options}
+        return keep(self.optimizers, self._own_options)
 
     def schedule_end(self) -> ScheduleEnd:
         """The progress of the schedules in the current client's local training."""
@@ -280,10 +268,10 @@ class OptimizerStates:
     def _scaler_state(self) -> dict[str, Any]:
         return {} if self._scaler is None else self._scaler.state_dict()
 
-    def _set_scaler(self, state: dict[str, Any]) -> None:
+    def _set_scaler(self, state: Mapping[str, Any]) -> None:
         # A client of another rank may have had no scaler, and one that is not enabled has no state.
         if self._scaler is not None and state:
-            self._scaler.load_state_dict(state)
+            self._scaler.load_state_dict(dict(state))
 
     def end_round(self, end: ScheduleEnd | None) -> None:
         """Sets schedules and options for the next round.
@@ -291,7 +279,8 @@ class OptimizerStates:
         Args:
             end: Their progress on the client with the most steps. None: back to the round's start.
         """
-        self._restore()
+        # A checkpoint at the round's end must not hold the states of whichever client this rank has trained last.
+        self._go_to(self.start)
         if end is not None:
             with schedules_ahead_of_optimizers():
                 # From the round's start and not from where the last client of this rank has left them: the client with
@@ -307,17 +296,12 @@ class OptimizerStates:
                     # may, too.
                     group.update({name: _like(value, group.get(name)) for name, value in reached.items()})
             self._set_scaler(end.scaler)
-        # A checkpoint at the round's end must not hold the state of whichever client this rank has trained last.
-        for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
-            optimizer.state.clear()
-            optimizer.state.update(_copy_state(fresh))
-            _empty_grads(optimizer)
 
     def state_dicts_of_start(self) -> list[dict[str, Any]]:
         """The optimizers' ``state_dict``s as they were at the round's start, also while clients train."""
         found = []
         for index, (optimizer, options, fresh) in enumerate(
-            zip(self.optimizers, self._options, self._fresh, strict=True)
+            zip(self.optimizers, self.start.options, self._fresh, strict=True)
         ):
             groups = self._own_params[index] if self._own_params else [g["params"] for g in optimizer.param_groups]
             number = {id(param): place for place, param in enumerate(chain.from_iterable(groups))}
@@ -332,11 +316,6 @@ class OptimizerStates:
             )
         return found
 
-    @property
-    def schedule_states_of_start(self) -> list[dict[str, Any]]:
-        """The states of the round's schedules at its start."""
-        return self._schedule_states
-
     @contextmanager
     def borrowed_optimizer(self) -> Iterator[Optimizer]:
         """Lends the only optimizer for training outside rounds, with a fresh state and the last round's start options.
@@ -345,19 +324,12 @@ class OptimizerStates:
             The optimizer. Afterwards its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
-        options, scaler = [options_of(optimizer) for optimizer in self.optimizers], self._scaler_state()
-        states = [copy.deepcopy(schedule.scheduler.state_dict()) for schedule in self.schedules]
+        before = self._present()
         try:
             self.restart(None)
             yield optimizer
         finally:
-            # `end_round` goes back to what these attributes hold, so they are those of the entry for the length of the
-            # call.
-            self._options, before = options, self._options
-            self.scaler_at_start, scaler = scaler, self.scaler_at_start
-            self._schedule_states, first = states, self._schedule_states
-            self.end_round(None)
-            self._options, self._schedule_states, self.scaler_at_start = before, first, scaler
+            self._go_to(before)
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
@@ -416,15 +388,41 @@ class OptimizerStates:
         finally:
             self._is_counting = True
 
-    def _restore(self) -> None:
-        self._set_scaler(self.scaler_at_start)
-        for optimizer, options in zip(self.optimizers, self._options, strict=True):
+    def _go_to(self, start: StartingPoint) -> None:
+        """Goes to these options, schedules and scaler, with fresh states of the optimizers."""
+        self._set_scaler(start.scaler)
+        # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
+        for optimizer, options, fresh in zip(self.optimizers, start.options, self._fresh, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})
-        for schedule, state in zip(self.schedules, self._schedule_states, strict=True):
+                # Also under manual optimization, where the module may add to gradients that it finds.
+                for param in group["params"]:
+                    param.grad = None
+            optimizer.state.clear()
+            optimizer.state.update(_copy_state(fresh))
+        for schedule, state in zip(self.schedules, start.schedules, strict=True):
             # `load_state_dict` takes over the objects that it is given, and the next client needs them unchanged.
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
+
+
+def takes_counts(optimizer: Optimizer) -> bool:
+    """Whether it is an Adam that can take a number of steps for each client, as a tensor in its state."""
+    # In its other forms torch wants one number for each parameter.
+    return type(optimizer) in (Adam, AdamW) and not any(
+        optimizer.defaults["differentiable"] or group["foreach"] or group["capturable"] or group["fused"]
+        for group in optimizer.param_groups
+    )
+
+
+def _num_steps_apart(optimizer: Optimizer) -> float:
+    kind, groups = type(optimizer), optimizer.param_groups
+    if kind is SGD:
+        return int(any(group["momentum"] for group in groups))
+    is_counted = kind not in (RMSprop, Adadelta, Rprop) and not takes_counts(optimizer)
+    if kind is Adagrad:
+        is_counted = any(group["lr_decay"] for group in groups)
+    return math.inf if is_counted else 1
 
 
 @contextmanager
@@ -491,12 +489,6 @@ def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     ]
 
 
-def _empty_grads(optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
-
-
 def _like(value: Any, own: Any) -> Any:
     # A learning rate that is a tensor stays one, on its device; the report of another rank holds a number.
     return torch.full_like(own, value) if isinstance(own, Tensor) else copy.deepcopy(value)
@@ -513,52 +505,3 @@ def _stack_state(values: Mapping[str, Any], param: Tensor, stacked: Tensor) -> d
         return value.expand(stacked.shape).clone() if is_elementwise else copy.deepcopy(value)
 
     return {key: repeat(key, value) for key, value in values.items()}
-
-
-def _params(optimizer: Optimizer) -> list[nn.Parameter]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-_KEEP_REMEDY = "Use client_optimizer='reset' or another optimizer."
-
-
-_GROUP = "group"
-"""Before the number of a parameter group whose options are kept, where otherwise a parameter has its number."""
-
-
-def _options_of_kept(kept: Tree, index: int, position: int) -> Tree:
-    start = f"{index}.{_GROUP}{position}."
-    return {name.removeprefix(start): value for name, value in kept.items() if name.startswith(start)}
-
-
-def _of_params(kept: Tree) -> Tree:
-    return {name: value for name, value in kept.items() if not name.split(".", 2)[1].startswith(_GROUP)}
-
-
-def _place(name: str) -> tuple[int, int, str]:
-    index, position, entry = name.split(".", 2)
-    return int(index), int(position), entry
-
-
-def params_of_kept(kept: Tree, optimizers: Sequence[Optimizer]) -> Tree:
-    """The parameter to which each entry of :meth:`OptimizerStates.keep` belongs."""
-    params = [_params(optimizer) for optimizer in optimizers]
-    return {name: params[index][position] for name in _of_params(kept) for index, position, _ in [_place(name)]}
-
-
-def _unpack(kept: Tree, index: int, optimizer: Optimizer) -> dict[Tensor, dict[str, Any]]:
-    packed: dict[Tensor, Tree] = {}
-    params = _params(optimizer)
-    for name, value in _of_params(kept).items():
-        optimizer_index, position, entry = _place(name)
-        if optimizer_index == index:
-            packed.setdefault(params[position], {})[entry] = value
-    return {
-        param: {
-            entry: spread_like(value, param)
-            if isinstance(value, Tensor) and value.shape == local(param).shape
-            else value
-            for entry, value in unpack_param_state(tree).items()
-        }
-        for param, tree in packed.items()
-    }

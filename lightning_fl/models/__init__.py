@@ -1,4 +1,4 @@
-"""Small reference models that the recipes use."""
+"""Small reference models, used by the recipes."""
 
 from lightning_fl.models.classifier import Classifier, MLPClassifier
 from lightning_fl.models.gan import GAN

@@ -1,4 +1,4 @@
-"""A generative adversarial network, whose two networks both take part in federated averaging (FedGAN)."""
+"""A generative adversarial network for federated averaging of both its networks (FedGAN)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch.nn.functional import softplus
 
 
 class GAN(L.LightningModule):
-    r"""Learns to draw examples like those it sees, whose values lie in [0, 1]; labels are ignored.
+    r"""A GAN that generates examples with values in [0, 1], similar to the training data; labels are ignored.
 
     .. math::
         D: \min \; \mathrm{mean} \, \log(1 + e^{-D(x)}) + \mathrm{mean} \, \log(1 + e^{D(G(z))}), \qquad
         G: \min \; \mathrm{mean} \, \log(1 + e^{-D(G(z))}), \qquad z \sim N(0, I)
 
-    Each step trains the discriminator, then the generator, each by an Adam of its own. Under ``strategy="fedavg"`` both
-    are averaged: FedGAN. Logs ``train_d_loss``, ``train_g_loss`` and ``val_distance``, the :func:`frechet_distance`
-    between the validation data and as many drawings.
+    Each step trains the discriminator, then the generator, each with its own Adam optimizer. Under
+    ``strategy="fedavg"`` both are averaged: FedGAN. Logs ``train_d_loss``, ``train_g_loss`` and ``val_distance``, the
+    :func:`frechet_distance` between the validation data and as many generated examples.
 
     Args:
         features: Number of values of an example, which is flattened.
-        latent: Random numbers :math:`z` that a drawing is made of.
-        hidden: Features of the two hidden layers of either network.
-        lr: Learning rate of both.
+        latent: Dimension of the latent vector :math:`z`.
+        hidden: Width of the two hidden layers of either network.
+        lr: Learning rate of both optimizers.
 
     Reference:
         Goodfellow et al., "Generative Adversarial Nets", NeurIPS 2014; Rasouli, Sun and Rajagopal, "FedGAN: Federated
@@ -43,7 +43,7 @@ class GAN(L.LightningModule):
         self._seen: list[Tensor] = []
 
     def draw(self, number: int, generator: torch.Generator | None = None) -> Tensor:
-        """New examples, ``[number, features]``."""
+        """Generates examples, ``[number, features]``."""
         noise = torch.randn(number, self.latent, generator=generator)
         drawn: Tensor = self.generator(noise.to(next(self.parameters())))
         return drawn
@@ -66,11 +66,11 @@ class GAN(L.LightningModule):
         self.log_dict(losses, on_step=False, on_epoch=True, batch_size=len(x))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Keeps what the validation data are like."""
+        """Collects the validation data."""
         self._seen.append(batch[0].flatten(1))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs how far drawings are from the validation data."""
+        """Logs the distance between generated examples and the validation data."""
         seen, self._seen = torch.cat(self._seen), []
         drawn = self.draw(len(seen), torch.Generator().manual_seed(0))  # the same noise each time
         self.log("val_distance", frechet_distance(seen, drawn))
@@ -82,7 +82,7 @@ class GAN(L.LightningModule):
 
 
 def frechet_distance(one: Tensor, other: Tensor) -> Tensor:
-    r"""The Fréchet distance of two sets of examples, as if they were of normal distributions.
+    r"""The Fréchet distance of two sets of examples, assuming normal distributions.
 
     .. math::
         \lVert \mu_1 - \mu_2 \rVert^2 + \mathrm{tr}(\Sigma_1 + \Sigma_2 - 2 (\Sigma_1 \Sigma_2)^{1/2})

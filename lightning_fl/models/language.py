@@ -1,4 +1,4 @@
-"""Causal language models of transformers, fine-tuned with peft's adapters: next tokens, and preferences."""
+"""Causal language models of transformers, fine-tuned on next tokens or preferences, also with peft's adapters."""
 
 from __future__ import annotations
 
@@ -25,23 +25,24 @@ class CausalLM(L.LightningModule):
     r"""A causal language model of transformers, whole or with low-rank adapters of peft.
 
     Batches are mappings with ``input_ids``, ``attention_mask`` and ``labels``, int64 of shape ``[batch, length]``,
-    where a label of -100 is not predicted; or pairs of tokens and of the tokens that follow each, as
-    :class:`~lightning_fl.datamodules.ShakespeareDataModule` gives them. Logs ``train_loss``, and in validation
-    ``val_loss``, ``val_perplexity`` :math:`= \exp(\text{mean negative log-likelihood of a token})`, and for prompts
-    with responses ``val_exact_match``, the share of responses that greedy decoding gives word for word: it does if each
-    token is the likeliest one after those before it.
+    where a label of -100 is not predicted; or pairs of tokens and the same tokens shifted by one, as in
+    :class:`~lightning_fl.datamodules.ShakespeareDataModule`. Logs ``train_loss``, and in validation ``val_loss``,
+    ``val_perplexity`` :math:`= \exp(\text{mean negative log-likelihood of a token})`, and for prompts with responses
+    ``val_exact_match``, the share of responses that greedy decoding reproduces exactly, because each token is the most
+    likely one after those before it.
 
     Args:
-        config: The model with random weights: options of ``AutoConfig.for_model``, with its ``model_type``. None: the
-            one of ``pretrained``.
-        pretrained: A folder with a model, as ``save_pretrained`` writes it; nothing is downloaded. None: ``config``.
-        base: A checkpoint or ``.safetensors`` file of this class without adapters, whose weights are the base. None:
-            as the model is made.
+        config: Options of ``AutoConfig.for_model``, including ``model_type``, for a model with random weights. None:
+            use ``pretrained``.
+        pretrained: A folder with a model from ``save_pretrained``; nothing is downloaded. None: use ``config``.
+        base: A checkpoint or ``.safetensors`` file of this class without adapters, whose weights are loaded as the base
+            model. None: the initial weights are kept.
         lora: Options of ``peft.LoraConfig``, such as ``{"r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}``; the
-            base is then frozen. None: the whole model is trained.
-        lr: Learning rate of AdamW.
-        weight_decay: Its weight decay.
-        gradient_checkpointing: Whether activations are computed again in the backward pass, which saves memory.
+            base model is then frozen. None: the whole model is trained.
+        lr: Learning rate of AdamW. Default 0.001.
+        weight_decay: Weight decay of AdamW. Default 0.
+        gradient_checkpointing: Whether to recompute activations in the backward pass, which saves memory. Default
+            False.
 
     Raises:
         ImportError: If transformers or peft is not installed.
@@ -70,7 +71,7 @@ class CausalLM(L.LightningModule):
         super().__init__()
         if (config is None) == (pretrained is None):
             found = "none of them" if config is None else "both"
-            raise ValueError(f"CausalLM takes either config (random weights) or pretrained (a folder), found {found}.")
+            raise ValueError(f"CausalLM takes either config (random weights) or pretrained (a folder); found {found}.")
         self.save_hyperparameters("config", "lora", "lr", "weight_decay")
         self.lr, self.weight_decay = lr, weight_decay
         transformers = library("transformers")
@@ -84,20 +85,20 @@ class CausalLM(L.LightningModule):
             self.model.load_state_dict(_weights(Path(base)))
         if lora is not None:
             peft = library("peft")
-            with warnings.catch_warnings():  # peft 0.21 asks transformers 5.24 by an old name
+            with warnings.catch_warnings():  # peft 0.21 uses an old name of transformers 5.24
                 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
                 self.model = peft.get_peft_model(self.model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
         if gradient_checkpointing:
-            # transformers 5.24 has given it another name, and warns of the old one.
+            # transformers 5.24 has renamed it, and warns about the old name.
             name = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
             getattr(self.model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-            if lora is not None:  # else nothing before the first adapter needs a gradient, and so nothing gets one
+            if lora is not None:  # otherwise no block's input requires a gradient, and the adapters get none
                 self.model.enable_input_require_grads()
         self.val_perplexity = Perplexity(ignore_index=IGNORED)
         self.val_exact_match = MeanMetric()
 
     def configure_model(self) -> None:
-        """Spreads the model over ``device_mesh["data_parallel"]``, where the strategy has one, block by block."""
+        """Shards the model block by block over ``device_mesh["data_parallel"]``, if the strategy has one."""
         mesh = self.device_mesh
         if mesh is None or isinstance(self.model, FSDPModule):
             return
@@ -107,11 +108,11 @@ class CausalLM(L.LightningModule):
         fully_shard(self.model, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Scores of the tokens that follow, ``[batch, length, vocabulary]``."""
+        """Logits of the next tokens, ``[batch, length, vocabulary]``."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     def predictions(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Scores and the tokens that they predict, ``[batch, length, vocabulary]`` and ``[batch, length]``."""
+        """Logits ``[batch, length, vocabulary]`` and the tokens that they predict ``[batch, length]``."""
         if isinstance(batch, Mapping):
             logits = self(batch["input_ids"], batch["attention_mask"])
             return logits[:, :-1], batch["labels"][:, 1:]
@@ -158,14 +159,14 @@ class DPO(CausalLM):
         \ell = -\log \sigma \left( \beta \left[ \log \frac{\pi(y^+ | x)}{\pi_0(y^+ | x)}
         - \log \frac{\pi(y^- | x)}{\pi_0(y^- | x)} \right] \right)
 
-    At the start the adapters do nothing, so that the loss is :math:`\ln 2`. Batches are those of :class:`CausalLM`
-    with the entries ``rejected_input_ids``, ``rejected_attention_mask`` and ``rejected_labels`` of the responses
-    :math:`y^-` beside the chosen ones :math:`y^+`. Logs ``train_loss`` and ``train_preferred``, the share of pairs in
-    which the model has moved towards the chosen response, and both in validation.
+    Initially the adapters have no effect, so the loss is :math:`\ln 2`. Batches are those of :class:`CausalLM` for the
+    chosen responses :math:`y^+`, plus the entries ``rejected_input_ids``, ``rejected_attention_mask`` and
+    ``rejected_labels`` of the rejected responses :math:`y^-`. Logs ``train_loss`` and ``train_preferred``, the share of
+    pairs in which the model has moved towards the chosen response, and both in validation.
 
     Args:
-        beta: How closely the model stays at its reference, :math:`\beta`.
-        **kwargs: Those of :class:`CausalLM`; ``lora`` must be among them.
+        beta: The strength :math:`\beta` with which the model is kept near the reference. Default 0.1.
+        **kwargs: Arguments of :class:`CausalLM`; ``lora`` is required.
 
     Raises:
         ValueError: If there are no adapters, or ``beta`` is not positive.
@@ -178,7 +179,7 @@ class DPO(CausalLM):
         super().__init__(**kwargs)
         if kwargs.get("lora") is None or not beta > 0:
             raise ValueError(
-                f"DPO needs adapters, without which the model is its own reference, and beta > 0; found lora="
+                f"DPO needs adapters (lora), because the reference is the model without them, and beta > 0; found lora="
                 f"{kwargs.get('lora')}, beta={beta}."
             )
         self.beta = beta
@@ -206,14 +207,14 @@ class DPO(CausalLM):
         return loss
 
     def _log_likelihood(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """That of each response, ``[batch]``."""
+        """The log-likelihood of each response, ``[batch]``."""
         logits, labels = self.predictions(batch)
         each = functional.cross_entropy(logits.transpose(1, 2).float(), labels, reduction="none")
         return -each.sum(-1)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    """The weights of a :class:`CausalLM` without adapters, under the names of its transformers model."""
+    """The weights of a :class:`CausalLM` without adapters, by their names in the transformers model."""
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 

@@ -141,7 +141,7 @@ def library(name: str) -> Any:
     """Imports a library that is an optional extra.
 
     Raises:
-        ImportError: If it can't be, with what to install.
+        ImportError: If it can't be imported; the message says what to install.
     """
     try:
         return import_module(name)

@@ -14,8 +14,8 @@ class ResNet20GN(Classifier):
     """ResNet-20 for CIFAR with group normalisation: 269,722 parameters with 10 classes.
 
     BatchNorm does not suit federated learning: its statistics come from one client's batches and differ between clients
-    as their data does, and the average of the clients' statistics fits none of the trained models. Group normalisation
-    has no such statistics.
+    like their data, and the average of the clients' statistics fits none of the trained models. Group normalisation has
+    no such statistics.
 
     Args:
         in_channels: Channels of an image.

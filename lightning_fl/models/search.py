@@ -1,4 +1,4 @@
-"""A network that looks for its own layers, whose weights and choices both take part in federated averaging (FedNAS)."""
+"""Differentiable architecture search with federated averaging of weights and architecture parameters (FedNAS)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ CHOICES = ("relu", "tanh", "linear", "skip")
 
 
 class MixedLayer(nn.Module):
-    r"""All candidates for a layer at once, :math:`\sum_o \mathrm{softmax}(\alpha)_o \, o(x)`.
+    r"""A mixture of all candidate operations of a layer, :math:`\sum_o \mathrm{softmax}(\alpha)_o \, o(x)`.
 
     Args:
-        width: Features in and out.
+        width: Number of input and output features.
     """
 
     def __init__(self, width: int) -> None:
@@ -33,25 +33,25 @@ class MixedLayer(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(len(CHOICES)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The mixture of what all candidates give."""
+        """The mixture of the outputs of all candidates."""
         shares = self.alpha.softmax(0)
         return sum((share * layer(x) for share, layer in zip(shares, self.layers, strict=True)), torch.zeros_like(x))
 
 
 class ArchitectureSearch(Classifier):
-    r"""DARTS over dense layers: each step trains the weights on half a batch and the choices on the other half.
+    r"""DARTS over dense layers: each step trains the weights on half a batch, and the architecture on the other half.
 
-    Under ``strategy="fedavg"`` weights and choices are averaged: FedNAS, with DARTS' first-order step.
-    :meth:`architecture` tells what it has found.
+    Under ``strategy="fedavg"`` weights and architecture parameters are averaged: FedNAS, with DARTS' first-order step.
+    :meth:`architecture` returns the architecture found.
 
     Args:
         in_features: Number of features of an example, which is flattened.
-        width: Features between the layers.
-        depth: Number of layers that are looked for.
+        width: Number of features between the layers.
+        depth: Number of layers to search.
         num_classes: Number of classes.
-        lr: Learning rate of the weights, by SGD.
+        lr: SGD's learning rate for the weights.
         momentum: Momentum of SGD.
-        alpha_lr: Learning rate of the choices, by Adam.
+        alpha_lr: Adam's learning rate for the architecture parameters :math:`\alpha`.
 
     Reference:
         Liu, Simonyan and Yang, "DARTS: Differentiable Architecture Search", ICLR 2019; He, Annavaram and Avestimehr,
@@ -75,7 +75,7 @@ class ArchitectureSearch(Classifier):
         self.alpha_lr = alpha_lr
 
     def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        """Trains the choices on the second half of the batch, then the weights on the first."""
+        """Trains the architecture parameters on the second half of the batch, then the weights on the first."""
         x, y = self.unpack(batch)
         half = (len(y) + 1) // 2
         optimizers: Any = self.optimizers()
@@ -90,7 +90,7 @@ class ArchitectureSearch(Classifier):
         self.log("train_loss", loss.detach(), on_step=False, on_epoch=True, prog_bar=True, batch_size=len(y))
 
     def configure_optimizers(self) -> Any:
-        """SGD for the weights, Adam for the choices."""
+        """SGD for the weights, Adam for the architecture parameters."""
         choices = [param for name, param in self.named_parameters() if name.endswith("alpha")]
         weights = [param for name, param in self.named_parameters() if not name.endswith("alpha")]
         return [

@@ -1,4 +1,4 @@
-"""Which pixels of an image belong to something."""
+"""Image segmentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 class SmallUNet(L.LightningModule):
-    r"""A U-Net with one step down and up and GroupNorm, for one class of foreground, trained with Adam.
+    r"""A U-Net with one downsampling step and GroupNorm, for one foreground class, trained with Adam.
 
     The loss is the sum of the binary cross-entropy and the soft Dice loss. Batches are pairs ``(x, y)``, ``x`` float32
     ``[batch, channels, height, width]`` of even height and width, ``y`` float32 ``[batch, height, width]`` of 0 and 1.
@@ -60,7 +60,7 @@ class SmallUNet(L.LightningModule):
         self._areas += float(found.sum() + y.sum())
 
     def on_validation_epoch_end(self) -> None:
-        """Logs Dice, 1 if there is no foreground and none was found."""
+        """Logs the Dice score, 1 if there is no foreground and none was predicted."""
         self.log("val_dice", 2 * self._overlap / self._areas if self._areas else 1.0, prog_bar=True)
         self._overlap, self._areas = 0.0, 0.0
 

@@ -1,4 +1,4 @@
-"""A model of windows of signals."""
+"""Classification of windows of signals."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning_fl.models.classifier import Classifier
 
 
 class SignalCNN(Classifier):
-    """Two convolutions over time with GroupNorm and their mean over time, for windows ``[batch, channels, length]``.
+    """Two convolutions over time with GroupNorm, averaged over time, for windows ``[batch, channels, length]``.
 
     Args:
         channels: Channels of the signal.

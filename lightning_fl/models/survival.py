@@ -1,4 +1,4 @@
-"""Times until an event, of which some are only known to be longer."""
+"""Survival analysis: times until an event, some of them censored."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lightning_fl.models.tabular import _perceptron
 
 
 class DeepSurv(L.LightningModule):
-    r"""A network of the log hazard, trained with SGD on Cox's partial likelihood (Breslow's ties) of a batch.
+    r"""A network for the log hazard, trained with SGD on Cox's partial likelihood (Breslow's ties) of a batch.
 
-    The loss is the mean over the events :math:`i` of :math:`\log\sum_{j: t_j \ge t_i} e^{f(x_j)} - f(x_i)`. A batch
-    is a set of patients that are compared with each other, so a client's batch should hold all its rows; between
-    clients nobody is compared, as in Cox's model stratified by client. Without hidden layers it is Cox's linear model.
+    The loss is the mean over the events :math:`i` of :math:`\log\sum_{j: t_j \ge t_i} e^{f(x_j)} - f(x_i)`. The loss
+    compares the patients in a batch with each other, so a client's batch should contain all its rows; patients of
+    different clients are not compared, as in Cox's model stratified by client. Without hidden layers it is Cox's linear
+    model.
     Batches are pairs ``(x, y)``, ``x`` float32 ``[batch, in_features]``, ``y`` float32 ``[batch, 2]`` with time and
     event (0 or 1). Logs ``train_loss`` and ``val_cindex``, Harrell's concordance over all validation data, every epoch.
 
@@ -58,7 +59,7 @@ class DeepSurv(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Keeps a batch for the concordance, which is of pairs of all data."""
+        """Collects a batch for the concordance, which is computed over all pairs."""
         x, y = batch
         self._seen.append((self(x), y))
 
@@ -74,7 +75,7 @@ class DeepSurv(L.LightningModule):
 
 
 def cox_loss(risk: Tensor, y: Tensor) -> Tensor:
-    """The mean negative log partial likelihood; 0 if there was no event.
+    """The mean negative log partial likelihood; 0 if there is no event.
 
     Args:
         risk: Log hazards ``[batch]``.
@@ -87,7 +88,7 @@ def cox_loss(risk: Tensor, y: Tensor) -> Tensor:
 
 
 def concordance(risk: Tensor, y: Tensor) -> Tensor:
-    """Harrell's C: the share of comparable pairs in which who had the event first had the higher risk.
+    """Harrell's C: the share of comparable pairs in which the one with the earlier event has the higher risk.
 
     Args:
         risk: Log hazards ``[examples]``; equal ones count half.

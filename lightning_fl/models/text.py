@@ -11,10 +11,10 @@ from lightning_fl.models.classifier import Classifier
 class CharLSTM(Classifier):
     """The character LSTM of the FedAvg paper: an embedding of 8, two LSTM layers of 256 units, and the class scores.
 
-    Reads int64 ``[batch, length]``. With ``every_place`` it predicts the next character at every position, scores
+    Reads int64 ``[batch, length]``. With ``every_place`` it predicts the next character at every position, with scores
     ``[batch, vocabulary, length]``; otherwise only after the last one, ``[batch, vocabulary]``, as LEAF does. With the
-    90 tokens of Adaptive Federated Optimization it has that paper's 820,522 parameters and 2,048 more, because
-    PyTorch's LSTM has two bias vectors where one would do.
+    90 tokens of Adaptive Federated Optimization it has 2,048 parameters more than that paper's 820,522, because
+    PyTorch's LSTM has two bias vectors instead of one.
 
     Args:
         vocabulary_size: Number of characters; ``ShakespeareDataModule`` has 81.
@@ -56,7 +56,7 @@ class CharTransformer(Classifier):
         every_place: Whether to predict at every position of a sequence.
         max_length: Length of the longest sequence.
         width: Width of the model, a multiple of ``num_heads``.
-        num_heads: Heads of attention.
+        num_heads: Number of attention heads.
         num_layers: Number of blocks.
         dropout: Dropout in the blocks.
         lr: Learning rate.
@@ -122,7 +122,7 @@ class _Transformer(nn.Module):
         if length > self.max_length:
             raise ValueError(
                 f"The sequences have {length} characters, more than max_length={self.max_length}. "
-                "Shorten them, or raise max_length."
+                "Shorten them, or increase max_length."
             )
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
         states = self.embed(x) + self.place[:length]

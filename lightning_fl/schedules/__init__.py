@@ -1,4 +1,4 @@
-"""When a round closes and whom it waits for, on a simulated clock: asynchronous rounds, deadlines."""
+"""Round schedules on a simulated clock: asynchronous rounds, deadlines."""
 
 from lightning_fl.schedules.buffered import Asynchronous, Buffered, FedAsync
 from lightning_fl.schedules.clock import Clients, Clock, Flush, Job, Visit

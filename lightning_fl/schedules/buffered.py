@@ -1,4 +1,4 @@
-"""Asynchronous rounds: the server updates the model whenever enough clients have returned, and nobody waits."""
+"""Asynchronous rounds: the server updates the model whenever enough updates have arrived."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from bisect import bisect_right
@@ -14,19 +14,19 @@ from lightning_fl.types import ClientId
 
 
 class Asynchronous(RoundSchedule):
-    """Rounds that nobody waits for.
+    """Asynchronous rounds: no client waits for another.
 
-    Each client that returns is replaced by one that trains from the newest version: one drawn from those that are not
-    training. Updates that return at one instant are all applied, in the order of clients, before anybody starts again.
+    Each client that returns is replaced by one that trains from the newest version, drawn from the idle clients.
+    Updates that arrive at the same instant are all applied, in the order of clients, before any client starts again.
     """
 
     draws_cohorts = False
     size: int
-    """Updates that a round takes in."""
+    """Number of updates in a round."""
     concurrency: int | None
     """Clients that train at the same time; None: all."""
     max_staleness: int | None = None
-    """The oldest update that a round takes in, in server updates; None: any."""
+    """Largest accepted staleness of an update, in server updates; None: any."""
 
     def __post_init__(self) -> None:
         if self.size < 1 or (self.concurrency is not None and self.concurrency < 1):
@@ -38,8 +38,8 @@ class Asynchronous(RoundSchedule):
         """See :meth:`RoundSchedule.clients_per_round`."""
         if given is not None:
             raise ValueError(
-                f"{self!r} has no cohorts, so clients_per_round={given} would be ignored. Leave it out: `size` says "
-                "how many updates a round takes in, `concurrency` how many clients train at the same time."
+                f"{self!r} has no cohorts, so clients_per_round={given} would be ignored. Leave it out: `size` is the "
+                "number of updates in a round, `concurrency` the number of clients that train at the same time."
             )
         return None
 
@@ -47,14 +47,14 @@ class Asynchronous(RoundSchedule):
         """See :meth:`RoundSchedule.check`."""
         if self.concurrency is not None and self.concurrency > num_clients:
             raise ValueError(
-                f"{self!r} wants {self.concurrency} clients to train at the same time, but the federation has "
+                f"{self!r} needs {self.concurrency} clients to train at the same time, but the federation has "
                 f"{num_clients}. Lower concurrency."
             )
 
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
         """See :meth:`RoundSchedule.next`."""
         dropped: list[ClientId] = []
-        # What is left of an instant is flushed before anybody starts again.
+        # All updates of an instant are flushed before any client starts again.
         while len((clock := self._drop(clock, dropped)).waiting) < self.size:
             clock = self._take_in(self._start(clock, clients), clients)
         taken, waiting = clock.waiting[: self.size], clock.waiting[self.size :]
@@ -65,7 +65,7 @@ class Asynchronous(RoundSchedule):
         return Flush(clock.time, visits, dropped), replace(clock, version=clock.version + 1, waiting=waiting)
 
     def _drop(self, clock: Clock, dropped: list[ClientId]) -> Clock:
-        """Drops those that have returned with an update that is too old."""
+        """Drops arrived updates that are too stale."""
         if self.max_staleness is None:
             return clock
         oldest = clock.version - self.max_staleness
@@ -73,7 +73,7 @@ class Asynchronous(RoundSchedule):
         return replace(clock, waiting=tuple(job for job in clock.waiting if job.version >= oldest))
 
     def _start(self, clock: Clock, clients: Clients) -> Clock:
-        """Lets idle clients begin to train from the newest version, as many as may."""
+        """Starts idle clients from the newest version, up to ``concurrency``."""
         concurrency = len(clients.population) if self.concurrency is None else self.concurrency
         drawn = _draw_idle(clock, clients, concurrency - len(clock.training))
         started = [
@@ -83,7 +83,7 @@ class Asynchronous(RoundSchedule):
         return replace(clock, training=(*clock.training, *started), num_started=clock.num_started + len(started))
 
     def _take_in(self, clock: Clock, clients: Clients) -> Clock:
-        """Goes on to the next instant at which clients return."""
+        """Advances to the next instant at which clients return."""
         time = min(job.arrival for job in clock.training)
         arrived = [job for job in clock.training if job.arrival == time]
         arrived.sort(key=lambda job: clients.population.position(job.client))
@@ -93,20 +93,20 @@ class Asynchronous(RoundSchedule):
 
 @dataclass(frozen=True)
 class Buffered(Asynchronous):
-    r"""FedBuff: a round closes when ``size`` updates have come in, from whichever version each client has started.
+    r"""FedBuff: a round closes when ``size`` updates have arrived, each from the version at which its client started.
 
     .. math::
         x \leftarrow x + \frac{\sum_i w_i \, s(\tau_i) \, (y_i - x^{t - \tau_i})}{\sum_i w_i}
 
-    With ``weighting="uniform"`` that is the paper's :math:`\frac{1}{K} \sum_i s(\tau_i) \Delta_i`. Where all clients
-    are equally fast and ``size`` is their number, it is FedAvg.
+    With ``weighting="uniform"`` that is the paper's :math:`\frac{1}{K} \sum_i s(\tau_i) \Delta_i`. If all clients are
+    equally fast and ``size`` is their number, it is FedAvg.
 
     Args:
         size: Number of updates in a round.
         concurrency: Clients that train at the same time. None: all.
         staleness: The weight :math:`s(\tau)` of an update that is :math:`\tau` server updates old, such as
             ``fl.schedules.Polynomial(0.5)``. None: 1.
-        max_staleness: An update that is older, in server updates, is left out. None: none is.
+        max_staleness: Largest accepted staleness, in server updates; older updates are dropped. None: no limit.
 
     Raises:
         ValueError: If a number is out of range.
@@ -128,7 +128,7 @@ class Buffered(Asynchronous):
 
 @dataclass(frozen=True)
 class FedAsync(Asynchronous):
-    r"""FedAsync: the server mixes each client's model into its own as soon as it comes in.
+    r"""FedAsync: the server mixes each client's model into its own as soon as it arrives.
 
     .. math::
         x \leftarrow (1 - \alpha \, s(\tau)) \, x + \alpha \, s(\tau) \, y_i
@@ -137,7 +137,7 @@ class FedAsync(Asynchronous):
         alpha: The share :math:`\alpha` of a fresh model, in (0, 1]. Default 0.6.
         staleness: :math:`s(\tau)`, as for :class:`Buffered`. None: 1.
         concurrency: Clients that train at the same time. None: all.
-        max_staleness: An update that is older, in server updates, is left out. None: none is.
+        max_staleness: Largest accepted staleness, in server updates; older updates are dropped. None: no limit.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -153,7 +153,7 @@ class FedAsync(Asynchronous):
 
     @property
     def size(self) -> int:  # type: ignore[override]
-        """Updates that a round takes in."""
+        """Number of updates in a round."""
         return 1
 
     def __post_init__(self) -> None:
@@ -175,11 +175,11 @@ def _draw_idle(clock: Clock, clients: Clients, count: int) -> list[ClientId]:
     if count >= num_idle:
         places: Sequence[int] = range(num_idle)
     else:
-        # While nobody trains, the draw is that of a cohort in `Uniform`: with equal durations, and rounds of as many
-        # updates as clients train, the rounds are those of FedAvg.
+        # While no client is training, the draw is that of a `Uniform` cohort: with equal durations, and as many updates
+        # in a round as clients train, the rounds are those of FedAvg.
         purpose = f"start {clock.num_started}" if busy else "cohort"
         rng = round_rng(clients.seed, clock.version, purpose)
         places = sorted(rng.choice(num_idle, count, replace=False, shuffle=False).tolist())
-    # The n-th idle client stands behind as many busy ones as come before it.
+    # Maps the n-th idle client to its position among all by skipping the busy ones before it.
     gaps = [position - index for index, position in enumerate(busy)]
     return [population.ids[place + bisect_right(gaps, place)] for place in places]

@@ -1,4 +1,4 @@
-"""The simulated clock: who returns when, and from which version. A pure state machine of whole nanoseconds."""
+"""The simulated clock: which client returns when, and from which version. A pure state machine in nanoseconds."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_fl.types import ClientId
 
 
 class Visit(NamedTuple):
-    """One training of a client that goes into a round.
+    """One local training whose update is part of a round.
 
     Attributes:
         client: The client.
-        version: The round with whose first model the client starts; smaller than the round's number if it is stale.
-        number: How many other visits of the same client in the same round come before.
+        version: The round from whose initial model the client starts; below the round's number if it is stale.
+        number: Number of earlier visits of the same client in the same round.
         part: The share of its local work that it finishes, in (0, 1].
     """
 
@@ -28,15 +28,15 @@ class Visit(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A client that has got a model and has not been taken in.
+    """A client that has received a model and whose update no round has used yet.
 
     Attributes:
         client: The client.
-        version: The round with whose first model it has started.
-        arrival: The instant at which it returns.
-        group: The clients with which it returns, for schedules that group them.
-        steps: Its optimizer steps, if the schedule sets them.
-        duration: The nanoseconds of its whole local work, if they matter later.
+        version: The round from whose initial model it started.
+        arrival: The time at which it returns, in nanoseconds.
+        group: The group with which it returns, for schedules that group clients.
+        steps: Its number of optimizer steps, if the schedule sets it.
+        duration: The nanoseconds of its full local work, if needed later.
     """
 
     client: ClientId
@@ -49,12 +49,12 @@ class Job(NamedTuple):
 
 @dataclass(frozen=True)
 class Flush:
-    """What a round takes in.
+    """The visits of a round.
 
     Args:
-        time: The instant at which the round closes, in nanoseconds.
-        visits: The visits, in the order in which they are taken in.
-        dropped: Clients that have trained in vain, because they were late.
+        time: The time at which the round closes, in nanoseconds.
+        visits: The visits, in the order in which they are aggregated.
+        dropped: Clients whose training is discarded, because they were late.
     """
 
     time: int
@@ -63,11 +63,11 @@ class Flush:
 
     @property
     def seconds(self) -> float:
-        """The instant at which the round closes, in seconds."""
+        """The time at which the round closes, in seconds."""
         return self.time / NANOSECONDS
 
     def staleness(self, round: int) -> list[int]:
-        """How many visits are 0, 1, 2, ... server updates old."""
+        """The number of visits that are 0, 1, 2, ... server updates old."""
         ages = [round - visit.version for visit in self.visits]
         return [ages.count(age) for age in range(max(ages, default=0) + 1)]
 
@@ -77,12 +77,12 @@ class Clock:
     """The state of the clock between two rounds.
 
     Args:
-        time: The instant, in nanoseconds.
+        time: The current time, in nanoseconds.
         version: The number of the next round.
         training: The clients that are training.
-        waiting: Those that have returned, and whose updates no round has taken in.
-        num_started: Visits that have begun.
-        measured: The measured seconds of clients.
+        waiting: Clients that have returned and whose updates no round has used yet.
+        num_started: Number of visits that have begun.
+        measured: The measured seconds by client.
     """
 
     time: int = 0
@@ -104,18 +104,18 @@ class Clock:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Clock:
-        """Reads what :meth:`to_state` returned."""
+        """Restores a clock from the result of :meth:`to_state`."""
         jobs = {name: tuple(Job(*job) for job in state[name]) for name in ("training", "waiting")}
         return cls(**{**state, **jobs})
 
 
 @dataclass(frozen=True)
 class Clients:
-    """What a schedule may ask about the clients.
+    """The clients as a schedule sees them.
 
     Args:
         population: All clients.
-        durations: How long they take. None: for a schedule that need not know.
+        durations: The clients' durations. None: for a schedule that doesn't need them.
         cohort: Draws the cohort of a round, for schedules whose rounds have one.
         seed: Seed of the federation.
     """
@@ -126,6 +126,6 @@ class Clients:
     seed: int = 0
 
     def duration(self, client: ClientId, clock: Clock, offset: int = 0) -> int:
-        """The nanoseconds of the visit that begins after ``offset`` others from now on."""
+        """The nanoseconds of a visit that begins after ``offset`` further visits."""
         assert self.durations is not None
         return self.durations.nanoseconds(client, clock.num_started + offset, self.seed, clock.measured)

@@ -1,4 +1,4 @@
-"""FedCompass: the server gives each client as many steps as let it return together with others."""
+"""FedCompass: the server chooses each client's number of steps such that groups of clients return together."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class Compass(Asynchronous):
-    r"""FedCompass: clients are grouped by when they return, slow ones with fewer steps; a round takes in one group.
+    r"""FedCompass: groups clients by arrival time, slow ones with fewer steps; each round aggregates one group.
 
     A client that starts joins the group in which it can take the most steps, from ``min_steps`` to ``max_steps``,
-    before the group returns. If there is none it opens a group that returns when the fastest client of another group
-    could be back from its next visit, or after ``max_steps``. With a group :math:`g` of :math:`n` clients
+    before the group returns. If there is none, it opens a group that returns when the fastest client of another group
+    could return from its next visit, or after ``max_steps``. For a group :math:`g` of a population of :math:`n` clients
 
     .. math::
         x \leftarrow x + \frac{|g|}{n}
             \frac{\sum_{i \in g} w_i \, s(\tau_i) \, (y_i - x^{t - \tau_i})}{\sum_{i \in g} w_i}
 
-    All clients train at any time. ``durations`` are the seconds of ``max_steps`` steps. On a simulated clock nobody
-    returns later than planned, so the paper's waiting for late clients is not needed.
+    All clients are training at any time. ``durations`` are the seconds of ``max_steps`` steps. On a simulated clock no
+    client returns later than planned, so the paper's waiting for late clients is not needed.
 
     Args:
-        min_steps: The fewest optimizer steps of a visit.
-        max_steps: The most; the strategy's ``local_steps`` must be the same.
+        min_steps: Smallest number of optimizer steps in a visit.
+        max_steps: Largest number; the strategy's ``local_steps`` must be the same.
         staleness: The weight :math:`s(\tau)`, as for :class:`Buffered`. None: 1.
 
     Raises:
@@ -72,7 +72,7 @@ class Compass(Asynchronous):
         for client, duration in sorted(timed, key=lambda own: own[1]):
             clock = replace(clock, training=(*clock.training, self._job(client, duration, clock)))
         clock = replace(clock, num_started=clock.num_started + len(idle))
-        # A group returns with its last client; of two at one instant the older first.
+        # A group returns with its last client; of two groups at the same instant, the older one comes first.
         time, group = min((max(job.arrival for job in own), number) for number, own in _groups(clock).items())
         taken = sorted(_groups(clock)[group], key=lambda job: clients.population.position(job.client))
         visits = [Visit(job.client, job.version, part=job.steps / self.max_steps) for job in taken]
@@ -80,12 +80,12 @@ class Compass(Asynchronous):
         return Flush(time, visits), replace(clock, time=time, version=clock.version + 1, training=rest)
 
     def _job(self, client: ClientId, duration: int, clock: Clock) -> Job:
-        """A client's next visit, in a group that there is or in a new one."""
+        """A client's next visit, in an existing group or in a new one."""
         groups = {number: own for number, own in _groups(clock).items() if max(j.arrival for j in own) > clock.time}
         most = self.max_steps
 
         def steps_until(instant: int) -> int:
-            # In whole numbers: a step that ends at the instant itself counts.
+            # In integers: a step that ends exactly at the instant counts.
             return (instant - clock.time) * most // duration
 
         chosen, group = 0, max(_groups(clock), default=-1) + 1

@@ -11,12 +11,12 @@ from lightning_fl.schedules.schedule import RoundSchedule, close, durations_of_c
 
 @dataclass(frozen=True)
 class Deadline(RoundSchedule):
-    """A round closes after some seconds, or sooner if all clients of its cohort have returned.
+    """A round closes at a deadline, or sooner if all clients of its cohort have returned.
 
     Args:
-        seconds: The deadline.
-        late: ``"drop"``: a client that is not done is left out; ``"partial"``: it contributes the optimizer steps that
-            it has finished, which are at least one.
+        seconds: The deadline, in seconds after the round's start.
+        late: ``"drop"``: a client that has not finished is left out; ``"partial"``: it contributes the optimizer steps
+            that it has finished, at least one.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -46,13 +46,13 @@ class Deadline(RoundSchedule):
 
 @dataclass(frozen=True)
 class Fastest(RoundSchedule):
-    """More clients start than are needed: a round closes when the fastest have returned, and drops the others.
+    """Over-selection: more clients start than are needed; a round closes when the fastest have returned.
 
-    Slow clients then never count, so that the model forgets their data.
+    The others are dropped, so the model does not learn from clients that are always slow.
 
     Args:
         k: Number of clients whose updates a round applies.
-        of: Clients that start, which replaces ``clients_per_round``.
+        of: Number of clients that start; replaces ``clients_per_round``.
 
     Raises:
         ValueError: Unless ``1 <= k <= of``.
@@ -79,7 +79,7 @@ class Fastest(RoundSchedule):
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
         """See :meth:`RoundSchedule.next`."""
         timed = durations_of_cohort(clock, clients)
-        # Stable: of two that arrive at one instant, the first in the order of clients is taken in.
+        # Stable: of two that arrive at the same instant, the first in the order of clients is used.
         fastest = sorted(timed, key=lambda own: own[1])[: self.k]
         taken = {client for client, _ in fastest}
         visits = [Visit(client, clock.version) for client, _ in timed if client in taken]

@@ -1,4 +1,4 @@
-"""The rounds of a federation over a network once more, in one process."""
+"""Replays the rounds of a federation over a network in one process."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 import json
@@ -16,10 +16,10 @@ from lightning_fl.schedules.schedule import RoundSchedule
 
 @dataclass(frozen=True)
 class Recorded(RoundSchedule):
-    """Takes in what a coordinator has written down: who was in each round, and from which version each has started.
+    """Replays a coordinator's record: which silos were in each round, and from which version each started.
 
-    With the silos' data in one place, as ``ClientLoaders`` with the silos' names, the model is that of the federation.
-    The clock counts a second a round.
+    With the silos' data in one place, as ``ClientLoaders`` with the silos' names, the result is the federation's model.
+    Each round takes one second on the clock.
 
     Args:
         folder: The coordinator's folder.
@@ -36,7 +36,7 @@ class Recorded(RoundSchedule):
 
     @cached_property
     def rounds(self) -> list[list[Visit]]:
-        """By round the visits that it has taken in.
+        """The visits of each round.
 
         Raises:
             ValueError: If the folder is not that of a coordinator.
@@ -53,15 +53,16 @@ class Recorded(RoundSchedule):
         _ = self.rounds
 
     def check_learning_rates(self) -> None:
-        """Makes sure that learning rates that go by rounds have gone by those of this replay.
+        """Checks that learning-rate schedules by round saw the same round numbers as in this replay.
 
         Raises:
-            ValueError: If they have not.
+            ValueError: If they did not.
         """
         if any(visit.version != index for index, visits in enumerate(self.rounds) for visit in visits):
             raise ValueError(
-                "At a silo a learning-rate schedule went by the version from which it trained; here it would go by the "
-                "round that takes the update in. A federation with stale updates can be replayed without one only."
+                "At a silo, a learning-rate schedule followed the version from which the silo trained; here it would "
+                "follow the round that aggregates the update. A federation with stale updates can only be replayed "
+                "without a learning-rate schedule."
             )
 
     def check_work(self, local_steps: object, local_epochs: object = None) -> None:
@@ -69,7 +70,8 @@ class Recorded(RoundSchedule):
         for name, work in (("local_steps", local_steps), ("local_epochs", local_epochs)):
             if not (work is None or isinstance(work, int)):
                 raise ValueError(
-                    f"{self!r} can't tell how much {name}={work!r} was at a silo, which drew it by itself."
+                    f"{self!r} can't replay {name}={work!r}, because each silo drew its amount of work itself. Use a "
+                    "fixed number."
                 )
 
     @property
@@ -80,7 +82,7 @@ class Recorded(RoundSchedule):
     def clients_per_round(self, given: int | float | None) -> int | float | None:
         """See :meth:`RoundSchedule.clients_per_round`."""
         if given is not None:
-            raise ValueError(f"Who took part is recorded, so clients_per_round={given} would be ignored. Leave it out.")
+            raise ValueError(f"The cohorts are recorded, so clients_per_round={given} would be ignored. Leave it out.")
         return None
 
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
@@ -88,7 +90,7 @@ class Recorded(RoundSchedule):
         index = clock.version
         if index >= len(self.rounds):
             raise ValueError(
-                f"{self.folder} records {len(self.rounds)} rounds, but round {index} was asked for. Set "
+                f"{self.folder} records {len(self.rounds)} rounds, but round {index} was requested. Set "
                 f"max_epochs={len(self.rounds)}."
             )
         strangers = {visit.client for visit in self.rounds[index]} - set(clients.population.ids)
@@ -98,7 +100,7 @@ class Recorded(RoundSchedule):
                 f"here; there are {list(clients.population.ids)}. Give ClientLoaders with the silos' names."
             )
         time = clock.time + NANOSECONDS
-        # Those that have started by now and are taken in later: their versions must be kept.
+        # Visits that have started and are aggregated later: their versions must be kept.
         later = [visit for visits in self.rounds[index + 1 :] for visit in visits if visit.version <= index]
         training = tuple(Job(visit.client, visit.version, time) for visit in later)
         return Flush(time, self.rounds[index]), replace(clock, time=time, version=index + 1, training=training)

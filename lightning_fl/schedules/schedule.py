@@ -12,22 +12,22 @@ from lightning_fl.types import ClientId
 
 
 class RoundSchedule(ABC):
-    """When a round closes and which visits it takes in, on a simulated clock.
+    """Decides when a round closes and which visits it aggregates, on a simulated clock.
 
-    Arrival times do not depend on the values of the model, so a schedule only plans: it says for each round which
-    clients it takes in and from which version of the model each of them has started.
+    Arrival times do not depend on the values of the model, so a schedule only plans: for each round it returns the
+    clients whose updates it aggregates, and the version of the model from which each of them started.
     """
 
     draws_cohorts: ClassVar[bool] = True
-    """Whether the clients of a round are a cohort that starts with the round, as ``clients_per_round`` says."""
+    """Whether the clients of a round are a cohort of ``clients_per_round`` that starts with the round."""
     needs_durations: ClassVar[bool] = True
-    """Whether it has to be told how long clients take."""
+    """Whether it needs the clients' durations."""
     seeds_by_version: ClassVar[bool] = False
-    """Whether a client's random numbers are those of the round from whose model it starts, not of the one that takes
-    it in."""
+    """Whether a client's random numbers are those of the round from whose model it starts, not of the round that
+    aggregates its update."""
 
     def clients_per_round(self, given: int | float | None) -> int | float | None:
-        """How many clients start in a round.
+        """The number of clients that start in a round.
 
         Args:
             given: The strategy's ``clients_per_round``.
@@ -38,7 +38,7 @@ class RoundSchedule(ABC):
         return given
 
     def check(self, num_clients: int) -> None:
-        """Makes sure that the schedule fits so many clients.
+        """Checks that the schedule fits the number of clients.
 
         Raises:
             ValueError: If it does not.
@@ -46,7 +46,7 @@ class RoundSchedule(ABC):
         return
 
     def check_work(self, local_steps: object, local_epochs: object = None) -> None:
-        """Makes sure that the schedule fits the strategy's ``local_steps`` and ``local_epochs``.
+        """Checks that the schedule fits the strategy's ``local_steps`` and ``local_epochs``.
 
         Raises:
             ValueError: If it does not.
@@ -55,17 +55,17 @@ class RoundSchedule(ABC):
 
     @property
     def transforms(self) -> Sequence[Transform]:
-        """What happens to updates because of their staleness, before all other transforms."""
+        """The transforms for stale updates, which run before all other transforms."""
         return ()
 
     @abstractmethod
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
-        """Plans the round with the number ``clock.version``; returns what it takes in, and the clock after it."""
+        """Plans the round with the number ``clock.version``; returns its visits, and the clock after it."""
 
 
 @dataclass(frozen=True)
 class Synchronous(RoundSchedule):
-    """A round waits for the slowest client of its cohort. The rounds are those without a schedule, with their times."""
+    """A round waits for the slowest client of its cohort. The rounds are those without a schedule, but timed."""
 
     def next(self, clock: Clock, clients: Clients) -> tuple[Flush, Clock]:
         """See :meth:`RoundSchedule.next`."""
@@ -75,12 +75,12 @@ class Synchronous(RoundSchedule):
 
 
 def durations_of_cohort(clock: Clock, clients: Clients) -> list[tuple[ClientId, int]]:
-    """The clients of the round's cohort, each with its nanoseconds."""
+    """The clients of the round's cohort, each with its duration in nanoseconds."""
     cohort = clients.cohort(clock.version)
     return [(client, clients.duration(client, clock, offset)) for offset, client in enumerate(cohort)]
 
 
 def close(clock: Clock, flush: Flush, num_started: int) -> tuple[Flush, Clock]:
-    """A round that leaves nobody training, and the clock after it."""
+    """Closes a round after which no client is training; returns it and the clock after it."""
     next_clock = replace(clock, time=flush.time, version=clock.version + 1, num_started=clock.num_started + num_started)
     return flush, next_clock

@@ -1,4 +1,4 @@
-"""What an update is worth that started from an old version: weights, and the transforms that apply them."""
+"""Weights for stale updates, and the transforms that apply them."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
@@ -45,8 +45,8 @@ class Hinge(StalenessFunction):
     r""":math:`s(\tau) = 1` up to ``b``, and :math:`1 / (1 + a (\tau - b))` beyond; FedAsync's second choice.
 
     Args:
-        a: How fast it falls, at least 0. Default 10.
-        b: Up to which staleness an update counts in full, at least 0. Default 4.
+        a: The rate :math:`a` of the decrease, at least 0. Default 10.
+        b: The largest staleness :math:`b` of full weight, at least 0. Default 4.
 
     Raises:
         ValueError: If one is negative.
@@ -65,11 +65,11 @@ class Hinge(StalenessFunction):
 
 
 class Stale(Transform):
-    r"""Multiplies a client's change by :math:`s(\tau)`; FedBuff divides by the number of updates, not by their weights.
+    r"""Multiplies a client's change by :math:`s(\tau)`; the client's weight stays unchanged, as in FedBuff.
 
     Args:
         staleness: The weight by staleness. None: 1.
-        by_share: Whether to multiply by the share of all clients that the round takes in, too.
+        by_share: Whether to also multiply by the share of all clients that are in the round.
     """
 
     keeps_norm_bound = True
@@ -85,7 +85,7 @@ class Stale(Transform):
 
 
 class Mixed(Transform):
-    r"""Turns a client's change into the way from the present model to the client's: :math:`\alpha s(\tau) (y_i - x)`.
+    r"""Replaces a client's change by the difference to the current model: :math:`\alpha s(\tau) (y_i - x)`.
 
     Args:
         alpha: The share of a fresh model.
@@ -117,7 +117,7 @@ def _weight(staleness: StalenessFunction | None, ctx: RoundContext) -> float:
 
 
 def _plus_way(change: Tree, start: Tree, present: Tree) -> Tree:
-    """``change + (start - present)`` where both are numbers: there a change counts from ``start``, else from now."""
+    """``change + (start - present)`` for floating-point tensors; other changes already refer to ``present``."""
     moved = {}
     for name, own in change.items():
         way = start[name] - present[name] if name in start else torch.zeros_like(own)

@@ -1,4 +1,4 @@
-"""The use of a trained model: exported files, a model card, an HTTP server."""
+"""Export of a trained model, a model card, and an HTTP server."""
 
 from lightning_fl.serving.export import FORMATS, Format, export
 from lightning_fl.serving.loading import example_inputs, find_checkpoint, load_module

@@ -1,4 +1,4 @@
-"""Adapters of a peft model: put into its layers, or written alone."""
+"""Adapters of a peft model: merged into its layers, or saved separately."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lightning_fl.callbacks.adapter_checkpoint import peft_model, save_adapters
 
 
 def merged(module: L.LightningModule) -> L.LightningModule:
-    """A copy of a module whose adapters have become part of the layers that they adapt; peft is not needed any more.
+    """A copy of a module with its adapters merged into the layers that they adapt, which no longer needs peft.
 
     Raises:
-        ValueError: If it holds no peft model.
+        ValueError: If the module contains no peft model.
     """
     own = copy.deepcopy(module)
     prefix, model = _found(own)
@@ -27,17 +27,17 @@ def merged(module: L.LightningModule) -> L.LightningModule:
 
 
 def write_adapters(module: L.LightningModule, path: Path) -> None:
-    """Writes the adapters alone, as a folder in peft's format.
+    """Writes only the adapters, as a folder in peft's format.
 
     Raises:
-        ValueError: If the module holds no peft model.
+        ValueError: If the module contains no peft model.
     """
     _found(module)
     save_adapters(module, module.state_dict(), path)
 
 
 def with_adapters_of(path: Path, module: L.LightningModule) -> L.LightningModule:
-    """A copy of a module with the adapters of a folder in the place of its own."""
+    """A copy of a module with its adapters replaced by those of a folder."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -46,7 +46,7 @@ def with_adapters_of(path: Path, module: L.LightningModule) -> L.LightningModule
     with torch.no_grad():
         for param in model.parameters():
             if param.requires_grad:
-                param.zero_()  # what the folder lacks then shows
+                param.zero_()  # so that tensors missing in the folder change the output
     set_peft_model_state_dict(model, load_file(path / "adapter_model.safetensors"))
     return own
 
@@ -55,6 +55,4 @@ def _found(module: L.LightningModule) -> tuple[str, Any]:
     try:
         return peft_model(module)
     except MisconfigurationException as error:
-        raise ValueError(
-            f"{type(module).__name__} holds no adapters of peft, which could be written or merged."
-        ) from error
+        raise ValueError(f"{type(module).__name__} contains no peft adapters to write or merge.") from error

@@ -1,4 +1,4 @@
-"""Writes a module in formats that run without Lightning, and runs each file before it is kept."""
+"""Exports a module to formats that run without Lightning, and checks each file by running it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Runner = Callable[[Inputs], Outputs]
 
 
 class Forward(nn.Module):
-    """A module's ``forward`` with flat outputs, without the rest of a LightningModule.
+    """A module's ``forward`` with its outputs as a flat tuple, without the rest of a LightningModule.
 
     Args:
         module: The module.
@@ -71,8 +71,8 @@ class Format:
     Args:
         suffix: Ending of the file; empty for a folder.
         write: Writes a module to a path, given an example of its inputs.
-        load: Makes a function that runs the file, given the module.
-        needs: What to install.
+        load: Returns a function that runs the file, given the module.
+        needs: The packages to install.
     """
 
     suffix: str
@@ -89,25 +89,25 @@ def export(
     write_beside: Callable[[Path], None] | None = None,
     merge_adapters: bool = False,
 ) -> float:
-    """Exports a module and compares what the file computes with the module, for one, two and three examples.
+    """Exports a module and compares the file's outputs with the module's, for one, two and three examples.
 
     Args:
         module: The module; it is not changed.
         path: The file; a folder for ``hub`` and ``adapter``.
         to: One of :data:`FORMATS`.
-        inputs: Two examples of what ``forward`` takes.
-        write_beside: Writes more into a folder of ``hub``.
-        merge_adapters: Whether adapters of peft become part of the layers that they adapt.
+        inputs: Inputs of ``forward`` for two examples.
+        write_beside: Writes further files into a folder of ``hub``. Default None.
+        merge_adapters: Whether to merge peft adapters into the layers that they adapt. Default False.
 
     Returns:
         The largest difference of the outputs, relative to the largest output.
 
     Raises:
-        ValueError: If the module can't be exported, or the file computes something else; then nothing is left behind.
+        ValueError: If the module can't be exported, or the file's outputs differ; then nothing is left behind.
         ImportError: If the format's package is missing.
     """
     if to not in FORMATS:
-        raise ValueError(f"There is no format {to!r}; the formats are {', '.join(FORMATS)}.")
+        raise ValueError(f"Unknown format {to!r}; expected one of {', '.join(FORMATS)}.")
     path, chosen = Path(path), FORMATS[to]
     whole = copy.deepcopy(module).cpu().eval()
     own = adapters.merged(whole) if merge_adapters else whole
@@ -121,14 +121,14 @@ def export(
                 difference = _difference(chosen.load(unfinished, own), whole, inputs)
         except ImportError as error:
             raise ImportError(f"Export to {to} needs more packages: {chosen.needs}. ({error})") from error
-        # An exporter may raise anything for a model that it does not know.
+        # An exporter may raise any exception for a model that it does not support.
         except Exception as error:
             raise ValueError(f"{type(module).__name__} can't be exported to {to}: {error}") from error
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"The {to} file computes something else than {type(module).__name__}: its outputs differ by "
-                f"{difference:.2g} of the largest, more than {TOLERANCE:g}. Nothing was "
-                "written. Does forward draw random numbers?"
+                f"The outputs of the {to} file differ from those of {type(module).__name__} by {difference:.2g} of the "
+                f"largest output, more than {TOLERANCE:g}. Nothing was written. Make sure that forward draws no "
+                "random numbers."
             )
         if write_beside is not None:
             write_beside(unfinished)
@@ -162,7 +162,7 @@ def _difference(runner: Runner, module: L.LightningModule, inputs: Inputs) -> fl
 def _write_safetensors(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
     from safetensors.torch import save_file
 
-    # Tied tensors are written twice, because the format has no sharing.
+    # Tied tensors are written twice, because the format does not support shared memory.
     save_file({name: value.detach().clone().contiguous() for name, value in module.state_dict().items()}, path)
 
 
@@ -208,7 +208,7 @@ def _load_onnx(path: Path, module: L.LightningModule) -> Runner:
 def _write_executorch(module: L.LightningModule, path: Path, inputs: Inputs) -> None:
     from executorch.exir import to_edge
 
-    batch = torch.export.Dim("batch", max=1024)  # the format lays out its memory for the largest batch
+    batch = torch.export.Dim("batch", max=1024)  # the format plans its memory for the largest batch
     program = torch.export.export(Forward(module), inputs, dynamic_shapes=[tuple({0: batch} for _ in inputs)])
     path.write_bytes(to_edge(program).to_executorch().buffer)
 

@@ -1,4 +1,4 @@
-"""A module, and an example of its input, out of a run's folder or a checkpoint."""
+"""Loads a module, and an example of its input, from a run's folder or a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lightning_fl.strategies.checkpoint import load_client
 from lightning_fl.types import Tree
 
 Inputs = tuple[Tensor, ...]
-"""What ``module.forward`` is called with, for a batch of examples."""
+"""The arguments of ``module.forward``, for a batch of examples."""
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """A checkpoint: the file itself, or ``last.ckpt`` (else the newest) of a run's folder.
+    """The path of a checkpoint: the file itself, or ``last.ckpt`` (else the newest) in a run's folder.
 
     Raises:
         ValueError: If there is none.
@@ -48,19 +48,19 @@ def load_module(
 ) -> L.LightningModule:
     """The module of a checkpoint, on the CPU and in evaluation mode.
 
-    Only the classes that are already imported, this package's own, that of ``class_path``, and that which the run's
-    ``config.yaml`` names are instantiated: a checkpoint alone can't say which code runs.
+    Only classes that are already imported, this package's own, ``class_path``, and the class named by the run's
+    ``config.yaml`` are instantiated: a checkpoint alone can't choose the code that runs.
 
     Args:
         checkpoint: The file.
         class_path: The module's class, as ``package.Class``. None: the one that the checkpoint names.
-        client: The client whose personal tensors are put in. None: the global model.
-        base: A checkpoint or ``state_dict`` (``.ckpt``, ``.pt``, ``.safetensors``) with the frozen parameters, where
-            the checkpoint was written without them. None: the module's own, as its ``__init__`` makes them.
+        client: The client whose personal tensors are loaded. None: the global model.
+        base: A checkpoint or ``state_dict`` (``.ckpt``, ``.pt``, ``.safetensors``) with the frozen parameters, if the
+            checkpoint was written without them. None: the module's own, as its ``__init__`` creates them.
 
     Raises:
-        ValueError: If the class is unknown or can't be made from the checkpoint, the checkpoint holds no state of the
-            client, or the frozen parameters are others than those that it was trained with.
+        ValueError: If the class is unknown or can't be instantiated from the checkpoint, the checkpoint holds no state
+            of the client, or the frozen parameters differ from those that the model was trained with.
     """
     checkpoint = Path(checkpoint)
     content = read(checkpoint)
@@ -73,7 +73,7 @@ def load_module(
         raise ValueError(f"{checkpoint} does not name the class of its module. Give --module package.Class.")
     if class_path is None and chosen != configured and chosen.partition(".")[0] != "lightning_fl":
         raise ValueError(
-            f"{checkpoint} names the class {chosen}, which no config.yaml of the run confirms. If you trust the "
+            f"{checkpoint} names the class {chosen}, which the run's config.yaml does not confirm. If you trust the "
             f"checkpoint, give --module {chosen}."
         )
     module_class = import_class(chosen)
@@ -81,20 +81,20 @@ def load_module(
     if base is not None and not frozen:
         raise ValueError(f"{checkpoint} holds all parameters, so --base would be ignored. Leave it out.")
     if saved is None and not hyper_parameters and configured == chosen:
-        # The module did not call `save_hyperparameters`; the configuration says how it was made.
+        # The module did not call `save_hyperparameters`; the configuration has its arguments.
         module = instantiate(config, "model", L.LightningModule)
         module.load_state_dict(content["state_dict"], strict=not frozen)
     else:
         try:
             with warnings.catch_warnings():
-                # The keys that are missing are the frozen ones; whether they are right is checked below.
+                # The missing keys are the frozen parameters, which are checked below.
                 warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
                 module = module_class.load_from_checkpoint(
                     checkpoint, map_location="cpu", weights_only=True, strict=not frozen
                 )
         except TypeError as error:
             raise ValueError(
-                f"{module_class.__name__} can't be made from {checkpoint}: {error}. Call "
+                f"{module_class.__name__} can't be instantiated from {checkpoint}: {error}. Call "
                 "self.save_hyperparameters() in its __init__ before training."
             ) from error
     if base is not None:
@@ -108,15 +108,15 @@ def load_module(
 
 
 def frozen_names(content: Mapping[str, Any]) -> list[str]:
-    """The parameters that a checkpoint was written without."""
+    """The names of the frozen parameters that a checkpoint was written without."""
     return list(content.get(frozen_weights.KEY) or {})
 
 
 def whole_state(content: Mapping[str, Any], module: L.LightningModule, checkpoint: Path) -> Tree:
-    """The checkpoint's ``state_dict``, with the module's own frozen parameters where it was written without them.
+    """The checkpoint's ``state_dict``, with the module's own frozen parameters if it was written without them.
 
     Raises:
-        ValueError: If those are others than the ones that it was trained with.
+        ValueError: If these differ from the ones that the model was trained with.
     """
     try:
         return dict(frozen_weights.put_in(content, module.state_dict)["state_dict"])
@@ -144,7 +144,7 @@ def client_state(checkpoint: Path, client: int | str) -> Tree:
 
     Args:
         checkpoint: The file.
-        client: The client. What is given as text, in a command or a header, may also be the number of a simulated one.
+        client: The client's id. A string, from a command or a header, may also be the number of a simulated client.
 
     Raises:
         ValueError: If the checkpoint holds no state of the client.
@@ -161,12 +161,12 @@ def read(checkpoint: Path) -> dict[str, Any]:
     """A checkpoint's content, loaded with ``weights_only``.
 
     Raises:
-        ValueError: If the file is no checkpoint, is damaged, or holds code.
+        ValueError: If the file is not a checkpoint, is corrupt, or contains code.
     """
     try:
         found = torch.load(checkpoint, map_location="cpu", weights_only=True)
         found["state_dict"]
-    # Whatever is in the file, the unpickler may raise; the reason is in its message.
+    # The unpickler may raise any exception; its message has the reason.
     except Exception as error:
         raise ValueError(f"{checkpoint} is not a checkpoint that can be loaded safely: {error}") from error
     return found
@@ -197,16 +197,16 @@ def import_class(path: str) -> type[L.LightningModule]:
 
 
 def example_inputs(module: L.LightningModule, checkpoint: str | Path, shape: tuple[int, ...] | None = None) -> Inputs:
-    """Two examples of what the module's ``forward`` takes.
+    """Inputs of the module's ``forward`` for two examples.
 
     Args:
-        module: The module; its ``example_input_array`` is taken if it has one.
-        checkpoint: A checkpoint of its run; the first validation batch of the data in the run's ``config.yaml`` is
-            taken otherwise.
-        shape: Shape of one example, for a ``forward`` that takes one float tensor; it goes before the others.
+        module: The module; its ``example_input_array`` is used if it has one.
+        checkpoint: A checkpoint of its run; otherwise the first validation batch of the data in the run's
+            ``config.yaml`` is used.
+        shape: Shape of one example, for a ``forward`` that takes one float tensor; takes precedence over the others.
 
     Raises:
-        ValueError: If none of the three is there.
+        ValueError: If none of the three is available.
     """
     if shape is not None:
         return (torch.rand(2, *shape),)
@@ -232,13 +232,13 @@ def _first_batch(config: Mapping[str, Any], module: L.LightningModule) -> Any:
     data.prepare_data()
     data.setup("validate")
     batch = next(iter(data.val_dataloader()))
-    if isinstance(batch, Mapping):  # such as that of a language model, whose forward names what it takes
+    if isinstance(batch, Mapping):  # as for a language model, whose forward takes keyword arguments
         return tuple(batch[name] for name in inspect.signature(module.forward).parameters if name in batch)
     return batch[0] if isinstance(batch, tuple | list) else batch
 
 
 def instantiate(config: Mapping[str, Any], key: str, base: type) -> Any:
-    """An object of a run's configuration."""
+    """Instantiates an object of a run's configuration."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(base, key)
     return parser.instantiate_classes(parser.parse_object({key: config[key]}))[key]

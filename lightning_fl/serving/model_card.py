@@ -1,4 +1,4 @@
-"""A model card out of a checkpoint: what a reader needs to know, and nothing about a single client."""
+"""Creates a model card from a checkpoint, without information about single clients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model_card(checkpoint: Mapping[str, Any], module: L.LightningModule, is_pers
     Args:
         checkpoint: The content of the checkpoint.
         module: The module.
-        is_personal: Whether the tensors of one client were put in.
+        is_personal: Whether it is the personalised model of one client.
     """
     name = type(module).__name__
     rows = [("class", f"`{type(module).__module__}.{name}`")]
@@ -52,10 +52,10 @@ def model_card(checkpoint: Mapping[str, Any], module: L.LightningModule, is_pers
             for key, value in metrics.items()
             if not key.startswith(hidden) and key not in federated["client_metrics"]
         }
-        # What clients log in training is theirs; the global model's own figures are what describes it.
+        # Metrics that clients log in training are about clients; use only those of the global model.
         rows += [(key, f"{value:.4g}") for key, value in sorted(own.items())]
     if is_personal:
-        lines.append("It is the personalised model of one client: give it to nobody else.")
+        lines.append("It is the personalised model of one client: do not share it with anybody else.")
     table = ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
     use = [
         "## Use",

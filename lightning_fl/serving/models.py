@@ -1,4 +1,4 @@
-"""The models that a server holds: the newest round's, a canary, and those of single clients."""
+"""The models of a server: the newest round's, a canary, and those of single clients."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from lightning_fl.types import ClientId, Tree
 logger = logging.getLogger(__name__)
 
 NUM_CLIENTS_KEPT = 64
-"""Clients whose tensors stay in memory; those asked for least recently are dropped."""
+"""Number of clients whose tensors stay in memory; the least recently used are dropped."""
 MAX_DIGITS = 19
-"""Of a simulated client's number; Python refuses to read thousands of them."""
+"""Maximum number of digits of a simulated client's number; Python refuses to parse thousands of them."""
 
 
 class Version:
-    """One checkpoint's model, and those of its clients, whose files are read when somebody asks for one.
+    """One checkpoint's model, and those of its clients, whose files are read when they are requested.
 
     Args:
         checkpoint: The file.
-        module: A module of the same class, for comparison; its frozen parameters stand in for those left out.
+        module: A module of the same class, for comparison; its frozen parameters replace those that the file lacks.
 
     Raises:
         ValueError: If the file can't be loaded safely, its tensors have other names or shapes than the module's, or
@@ -52,7 +52,7 @@ class Version:
         history = content.get(KEY, {}).get("history") or []
         self.round = len(history) if history else int(content.get("epoch", 0)) + 1
         self._files = state_files(checkpoint)
-        # Read now: once a newer checkpoint has replaced this one, its manifests are deleted.
+        # Read now, because the manifests are deleted when a newer checkpoint replaces this one.
         manifests = [self._files.read_manifest(name) or {} for name in content.get(KEY, {}).get("manifests") or []]
         self._names = {client: name for manifest in manifests for client, name in manifest.items()}
         self._of_clients: OrderedDict[str, Tree] = OrderedDict()
@@ -67,7 +67,7 @@ class Version:
         if client is None:
             return self.state
         if client not in self._of_clients:
-            # No file is read for clients that it does not have: anybody may name others, as often as they like.
+            # No file is read for unknown clients, which anybody could request as often as they like.
             known: ClientId = client
             if client not in self._names and client.isdecimal() and len(client) < MAX_DIGITS:
                 known = int(client)
@@ -75,7 +75,7 @@ class Version:
                 raise ValueError(f"{self.checkpoint} holds no state of client {client!r}.")
             personal = self._files.read(known, self._names[known]).get("personal", {})
             found = self._checked({**self.state, **personal}, self.state)
-            # What is not personal is held once, or the models of 64 clients would need the memory of 64 models.
+            # Shared tensors are held once; otherwise the models of 64 clients would need the memory of 64 models.
             self._of_clients[client] = move(found, self.device)
         self._of_clients.move_to_end(client)
         if len(self._of_clients) > NUM_CLIENTS_KEPT:
@@ -105,13 +105,13 @@ class Version:
 
 
 class ServedModels:
-    """The models of a server, which may be replaced while it answers.
+    """The models of a server, which may be replaced while it is running.
 
     Args:
         module: The module.
         checkpoint: Its checkpoint.
         canary: Another checkpoint of the same module, which answers a share of the requests.
-        share: The canary's share, from 0 to 1.
+        share: The canary's share of the requests, from 0 to 1. Default 0.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class ServedModels:
         self._refreshing = threading.Lock()
 
     def refresh(self) -> bool:
-        """Takes a checkpoint that has been replaced since; one that is not sound is left alone with a warning.
+        """Reloads the checkpoint if its file was replaced; an invalid one is skipped with a warning.
 
         Returns:
             Whether there is a new model.
@@ -138,16 +138,16 @@ class ServedModels:
                 return False
             self._seen = seen
             try:
-                # Loaded aside: requests in the meantime are answered by the old model.
+                # Loaded separately: meanwhile requests are answered by the old model.
                 self.current = Version(self.checkpoint, self.module)
             except ValueError as error:
-                logger.warning(f"The model of round {self.current.round} goes on answering: {error}")
+                logger.warning(f"Still serving round {self.current.round}: {error}")
                 return False
         logger.info(f"Now serving round {self.current.round}.")
         return True
 
     def watch(self, seconds: float = 0.5) -> None:
-        """Calls :meth:`refresh` again and again in a thread that ends with the process."""
+        """Calls :meth:`refresh` periodically in a daemon thread."""
 
         def follow() -> None:
             while True:
@@ -157,7 +157,7 @@ class ServedModels:
         threading.Thread(target=follow, name="watch", daemon=True).start()
 
     def choose(self, request_id: str | None) -> Version:
-        """The version that answers a request; the same id is always answered by the same one, without one by chance."""
+        """The version that answers a request: the same one for the same id, a random one without an id."""
         if self.canary is None:
             return self.current
         if request_id is None:
@@ -197,12 +197,12 @@ def decode(inputs: object, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[t
     """Nested lists as a batch of inputs.
 
     Args:
-        inputs: For one input the examples; for several a list with the examples of each.
-        shapes: The shape of an example of each input.
-        dtypes: Their dtypes.
+        inputs: The examples if there is one input; for several inputs, a list with the examples of each.
+        shapes: For each input, the shape of an example.
+        dtypes: The dtype of each input.
 
     Raises:
-        ValueError: If they are not numbers of these shapes; the message says what was expected.
+        ValueError: If they are not numbers of these shapes; the message has the expected shapes.
     """
     given = [inputs] if len(shapes) == 1 else inputs
     expected = " and ".join(f"[examples, {', '.join(map(str, shape))}]" for shape in shapes)

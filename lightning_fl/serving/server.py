@@ -1,6 +1,6 @@
 """An HTTP server for a trained model, on LitServe."""
 
-# Without `from __future__ import annotations`: LitServe looks at the annotations of `decode_request`.
+# Without `from __future__ import annotations`: LitServe inspects the annotations of `decode_request`.
 
 import asyncio
 import json
@@ -30,13 +30,13 @@ from lightning_fl.types import Tree
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 16 * 2**20
-"""Largest body of a request."""
+"""Maximum size of a request's body, in bytes."""
 BODY_S = 30
-"""Seconds in which a body must have come, since a request holds a place while it comes."""
+"""Seconds within which a body must arrive, since a pending request occupies a slot."""
 MAX_REQUESTS = 256
-"""Requests that may wait for their answers at once."""
+"""Maximum number of pending requests."""
 ATTEMPTS = 3
-"""How often a client's model is looked for while rounds replace it."""
+"""Number of attempts to load a client's model while rounds replace it."""
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,7 +50,7 @@ class PendingRequest:
     Args:
         inputs: The batch.
         version: The model that answers.
-        tensors: Its tensors, those of the client that was asked for included.
+        tensors: Its tensors, including those of the requested client.
     """
 
     inputs: Inputs
@@ -62,22 +62,22 @@ Decoded = PendingRequest | JSONResponse
 
 
 class ModelAPI(litserve.LitAPI):
-    """Answers ``POST /predict`` with what the module's ``forward`` returns.
+    """Answers ``POST /predict`` with the outputs of the module's ``forward``.
 
-    The body is ``{"inputs": [[...], ...]}``, a batch of examples; the answer ``{"outputs": ..., "round": ..., "model":
-    ...}``. ``X-Client`` asks for a client's personalised model.
+    The body is ``{"inputs": [[...], ...]}``, a batch of examples; the response is ``{"outputs": ..., "round": ...,
+    "model": ...}``. The header ``X-Client`` requests a client's personalised model.
 
     Args:
-        checkpoint: The model.
+        checkpoint: The checkpoint.
         class_path: The module's class, if the run does not name it.
-        shape: Shape of one example, if the run does not tell it.
-        serves_clients: Whether ``X-Client`` is answered.
-        watches: Whether the checkpoint is loaded again when it is replaced.
-        canary: Another checkpoint.
-        share: The share of the requests which the canary answers.
-        base: A file with the frozen parameters, where the checkpoint was written without them.
-        max_batch_size: Requests that are computed together.
-        wait: Seconds to wait for more of them.
+        shape: Shape of one example, if it can't be found from the run.
+        serves_clients: Whether requests with ``X-Client`` are answered. Default False.
+        watches: Whether to reload the checkpoint when its file is replaced. Default False.
+        canary: Another checkpoint, which answers a share of the requests. None: there is none.
+        share: The canary's share of the requests, from 0 to 1. Default 0.
+        base: A file with the frozen parameters, if the checkpoint was written without them.
+        max_batch_size: Maximum number of requests that are computed together. Default 8.
+        wait: Seconds to wait for further requests of a batch. Default 0.005.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ModelAPI(litserve.LitAPI):
     def setup(self, device: Any) -> None:
         """Loads the model in the worker's process."""
         end_with_parent()
-        torch.set_num_threads(1)  # one core for each worker
+        torch.set_num_threads(1)  # one core per worker
         module = load_module(self.checkpoint, self.class_path, base=self.base)
         examples = example_inputs(module, self.checkpoint, self.shape)
         self.shapes = [tuple(one.shape[1:]) for one in examples]
@@ -115,11 +115,11 @@ class ModelAPI(litserve.LitAPI):
         if self.watches:
             self.models.watch()
 
-    # LitServe answers all requests of a batch with the error of one; so errors are answers here, not exceptions.
+    # LitServe answers all requests of a batch with the exception of one, so errors are returned here, not raised.
 
     def decode_request(self, request: fastapi.Request) -> Decoded:
-        """The request after its checks, or the refusal."""
-        body = cast(dict[str, Any], request)  # LitServe passes what the JSON holds
+        """The checked request, or the error response."""
+        body = cast(dict[str, Any], request)  # LitServe passes the parsed JSON
         client = body.get("client")
         if client is not None and not self.serves_clients:
             return _refusal(400, "This server answers for the global model only; start it with --clients for X-Client.")
@@ -133,19 +133,19 @@ class ModelAPI(litserve.LitAPI):
                 return PendingRequest(inputs, version, version.tensors(client))
             except ValueError:
                 break
-            except OSError:  # training has gone on, and deleted what no checkpoint needs any more
+            except OSError:  # training continued and deleted files that no checkpoint needs any more
                 if not self.watches:
-                    detail = f"Round {version.round} was replaced, and its clients' models with it; serve with --watch."
+                    detail = f"Round {version.round} was replaced, including its clients' models; serve with --watch."
                     return _refusal(410, detail)
                 self.models.refresh()
         return _refusal(404, f"There is no model of client {client!r}.")
 
     def batch(self, inputs: list[Decoded]) -> list[Decoded]:
-        """Leaves the requests apart; :meth:`predict` joins those for the same model."""
+        """Keeps the requests separate; :meth:`predict` batches those for the same model."""
         return inputs
 
     def predict(self, requests: list[Decoded]) -> list[Any]:
-        """The answers, one a request."""
+        """The responses, one per request."""
         groups: dict[int, list[int]] = defaultdict(list)
         for place, request in enumerate(requests):
             if isinstance(request, PendingRequest):
@@ -157,9 +157,9 @@ class ModelAPI(litserve.LitAPI):
             joined = tuple(torch.cat(parts) for parts in zip(*(request.inputs for request in same), strict=True))
             try:
                 outputs = self.models.compute(first.tensors, joined)
-            # A module may raise anything, such as for a token that it does not know.
+            # A module may raise any exception, for example for an unknown token.
             except Exception as error:
-                for place in places:  # each by itself, so that only the request at fault gets the error
+                for place in places:  # one by one, so that only the invalid request gets the error
                     answers[place] = self._failed(error) if len(same) == 1 else self.predict([requests[place]])[0]
                 continue
             sizes = [len(request.inputs[0]) for request in same]
@@ -170,14 +170,14 @@ class ModelAPI(litserve.LitAPI):
 
     def _failed(self, error: Exception) -> JSONResponse:
         logger.warning("The model can't compute a request: %s: %s", type(error).__name__, error)
-        return _refusal(422, "The model can't compute these inputs; the server's log says why.")
+        return _refusal(422, "The model can't process these inputs; see the server's log.")
 
     def unbatch(self, output: list[Any]) -> list[Any]:
-        """The answers."""
+        """The responses."""
         return output
 
     def encode_response(self, output: JSONResponse | tuple[Outputs, Version]) -> Any:
-        """The answer as JSON."""
+        """The response as JSON."""
         if isinstance(output, JSONResponse):
             return output
         tensors, version = output
@@ -194,13 +194,13 @@ def _refusal(status: int, detail: str) -> JSONResponse:
 
 
 class Gate:
-    """Refuses what is not JSON, puts the headers that choose a model into the body, and counts (``GET /metrics``).
+    """Refuses requests that are not JSON, copies the headers that choose a model into the body, and serves metrics.
 
-    LitServe hands only the body to a worker.
+    LitServe passes only the body to a worker. The metrics are at ``GET /metrics``.
 
     Args:
         app: The application behind it.
-        max_requests: How many may wait for their answers at once; others are asked to try again (503).
+        max_requests: Maximum number of pending requests; further ones get status 503.
     """
 
     def __init__(
@@ -210,8 +210,8 @@ class Gate:
         self.max_requests = max_requests
         self.num_waiting = 0
         self.registry = CollectorRegistry()
-        self.requests = Counter("lightning_fl_requests", "Answers by status.", ["status"], registry=self.registry)
-        self.seconds = Histogram("lightning_fl_request_seconds", "Seconds for an answer.", registry=self.registry)
+        self.requests = Counter("lightning_fl_requests", "Responses by status.", ["status"], registry=self.registry)
+        self.seconds = Histogram("lightning_fl_request_seconds", "Seconds per response.", registry=self.registry)
         end_with_parent()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -279,7 +279,7 @@ class Gate:
 
 
 async def _read_body(receive: Receive) -> bytes | None:
-    """The body of a request, or its beginning if it is too large; None if the caller has gone."""
+    """The body of a request, or its beginning if it is too large; None if the client has disconnected."""
     body = b""
     while len(body) <= MAX_BYTES:
         message = await receive()
@@ -298,7 +298,7 @@ async def _answer(send: Send, status: int, body: bytes, content_type: bytes, *mo
 
 
 def end_with_parent() -> None:
-    """Ends this process soon after its parent has ended, which a server that is killed could not see to."""
+    """Ends this process soon after its parent has ended, because a server that is killed can't stop its workers."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -319,11 +319,11 @@ def serve(
     """Answers requests until SIGINT or SIGTERM.
 
     Args:
-        api: What answers.
-        host: The address; 0.0.0.0 for all.
-        port: The port, from 1024.
-        num_workers: Processes that compute.
-        max_requests: How many may wait for their answers at once.
+        api: The API that answers requests.
+        host: The address to listen on; 0.0.0.0 for all. Default 127.0.0.1.
+        port: The port, from 1024. Default 8000.
+        num_workers: Number of worker processes. Default 1.
+        max_requests: Maximum number of pending requests.
     """
     server_process = os.getpid()
 

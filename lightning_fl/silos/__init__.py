@@ -1,4 +1,4 @@
-"""Silos of several processes that train one model together: for the federation each is one client."""
+"""Silos of several processes that train one model together; each silo is one client of the federation."""
 
 from lightning_fl.silos.silo import DDP, FSDP2, Silo
 

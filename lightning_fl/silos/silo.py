@@ -1,4 +1,4 @@
-"""How the processes of a silo share its training."""
+"""How the processes of a silo divide its training among them."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC
@@ -15,7 +15,7 @@ from lightning_fl.engines.spread import is_spread
 
 @dataclass(frozen=True)
 class Silo(ABC):
-    """How the processes of a silo share its training; for the federation the silo is one client.
+    """How the processes of a silo divide its training among them; the silo is one client of the federation.
 
     Each process reads an equal part of the silo's training data, as under Lightning's own strategies, and all of its
     validation data.
@@ -29,17 +29,17 @@ class Silo(ABC):
 
     ranks: int | None = None
     spreads_parameters: ClassVar[bool] = False
-    """Whether each process holds a part of the parameters only."""
+    """Whether each process holds only a shard of the parameters."""
 
     def __post_init__(self) -> None:
         if self.ranks is not None and self.ranks < 1:
             raise ValueError(f"{type(self).__name__}(ranks={self.ranks}): expected at least 1, or None.")
 
     def check(self, algorithm: Algorithm, aggregator: Any, transforms: Any) -> None:
-        """Refuses what can't be computed from what one process holds.
+        """Refuses combinations that can't be computed from the parameters of one process.
 
         Raises:
-            ValueError: With the reason.
+            ValueError: If they can't be.
         """
         return
 
@@ -47,19 +47,19 @@ class Silo(ABC):
         """Refuses a module that does not fit.
 
         Raises:
-            ValueError: If it is sharded in another way than the silo.
+            ValueError: If it is sharded differently from the silo.
         """
         for name, part in module.named_modules():
             if isinstance(part, FullyShardedDataParallel):
                 raise ValueError(
-                    f"{name or 'The module'} is wrapped in FullyShardedDataParallel, whose flat parameters have no "
-                    "names of their own to average. Use fully_shard in configure_model, and silo=fl.silos.FSDP2()."
+                    f"{name or 'The module'} is wrapped in FullyShardedDataParallel, whose flat parameters can't be "
+                    "averaged by name. Use fully_shard in configure_model, and silo=fl.silos.FSDP2()."
                 )
 
 
 @dataclass(frozen=True)
 class DDP(Silo):
-    """Each process of a silo holds the whole model; their gradients are averaged in each step.
+    """Each process of a silo holds the whole model; gradients are averaged over the processes in each step.
 
     As with Lightning's ``DDPStrategy``, BatchNorm's statistics are those of the silo's first process. Silos may have
     different numbers of processes.
@@ -72,14 +72,14 @@ class DDP(Silo):
 
 @dataclass(frozen=True)
 class FSDP2(Silo):
-    """Each process of a silo holds a part of each parameter, as ``fully_shard`` in ``configure_model`` spreads them.
+    """Each process of a silo holds a shard of each parameter, created by ``fully_shard`` in ``configure_model``.
 
-    Modules written for Lightning's ``ModelParallelStrategy`` run as they are: ``self.device_mesh["data_parallel"]`` are
-    the processes of the silo. A process sends its part only to those that hold the same part in the other silos.
-    Float buffers are averaged over the silo.
+    Modules written for Lightning's ``ModelParallelStrategy`` run unchanged: ``self.device_mesh["data_parallel"]`` are
+    the processes of the silo. A process sends its shards only to those with the same shards in the other silos. Float
+    buffers are averaged over the silo.
 
     Raises:
-        ValueError: Beside algorithms, aggregators and transforms that need the norm of a whole update or its shape.
+        ValueError: With algorithms, aggregators and transforms that need the norm or shape of a whole update.
     """
 
     spreads_parameters: ClassVar[bool] = True
@@ -102,12 +102,12 @@ class FSDP2(Silo):
             if not is_spread(param):
                 if param.requires_grad:
                     raise ValueError(
-                        f"The trainable parameter {name!r} is not spread over the silo, so nobody averages its "
-                        "gradient. Call fully_shard on the module that holds it, in configure_model."
+                        f"The trainable parameter {name!r} is not sharded over the silo, so its gradient would not be "
+                        "averaged. Call fully_shard on the module that holds it, in configure_model."
                     )
             elif param.device_mesh.ndim != 1:  # type: ignore[attr-defined]
                 raise ValueError(
-                    f"The parameter {name!r} is spread in {param.device_mesh.ndim} dimensions, "  # type: ignore[attr-defined]
+                    f"The parameter {name!r} is sharded in {param.device_mesh.ndim} dimensions, "  # type: ignore[attr-defined]
                     'expected one: pass mesh=self.device_mesh["data_parallel"] to fully_shard, and leave out tensor '
                     "parallelism."
                 )

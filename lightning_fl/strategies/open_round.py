@@ -85,9 +85,9 @@ class OpenRound:
         checkpoint["optimizer_states"] = optimizers.state_dicts_of_start()
         precision = type(trainer.precision_plugin).__qualname__
         if checkpoint.get(precision):
-            checkpoint[precision] = optimizers.scaler_at_start
+            checkpoint[precision] = dict(optimizers.start.scaler)
         inside = [id(config) for config, _ in self.schedules]
-        states = dict(zip(inside, optimizers.schedule_states_of_start, strict=True))
+        states = dict(zip(inside, optimizers.start.schedules, strict=True))
         checkpoint["lr_schedulers"] = [
             states.get(id(config), state)
             for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)

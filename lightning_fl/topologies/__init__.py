@@ -1,4 +1,4 @@
-"""Topologies: who mixes its model with whom, as mixing matrices."""
+"""Topologies: which nodes mix their models, as mixing matrices."""
 
 from lightning_fl.topologies.hierarchy import Cyclic, Edges, Swarm
 from lightning_fl.topologies.static import Complete, Graph, Grid, Hypercube, Path, Ring, Star, Torus

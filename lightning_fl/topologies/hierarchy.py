@@ -1,4 +1,4 @@
-"""Federations with servers between the clients and the centre, or with one model and a server that is not fixed."""
+"""Hierarchical, cyclic and swarm federations."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Iterable, Sequence
@@ -14,15 +14,15 @@ from lightning_fl.topologies.topology import Edge, Topology
 
 @dataclass(frozen=True)
 class Edges(Topology):
-    r"""HierFAVG: clients share the model of an edge server, and the edges that of the cloud every few rounds.
+    r"""HierFAVG: clients average at an edge server each round, and all edges average at the cloud every few rounds.
 
-    After a round each client has the weighted mean of its edge's clients, and after every ``edge_rounds``-th that of
-    all. With ``edge_rounds=1`` it is federated averaging.
+    After a round each client has the weighted mean of its edge's clients; after every ``edge_rounds``-th round it has
+    the mean of all. An edge without data keeps its model until then. With ``edge_rounds=1`` it is federated averaging.
 
     Args:
-        groups: The clients of each edge, by their places in the order of the clients' ids; or the number of edges, to
-            which the clients belong in stretches of that order.
-        edge_rounds: Rounds from one mean of all to the next, the paper's :math:`\kappa_2`. Default 2.
+        groups: The clients of each edge, by their positions in the order of the clients' ids; or the number of edges,
+            among which the clients are divided in contiguous blocks of that order.
+        edge_rounds: Number of rounds between two means of all clients, the paper's :math:`\kappa_2`. Default 2.
 
     Raises:
         ValueError: If ``edge_rounds`` is below 1; when training starts, if a client is in no group or in several.
@@ -54,8 +54,8 @@ class Edges(Topology):
         found = sorted(node for group in self.groups for node in group)
         if found != list(range(num_nodes)):
             raise ValueError(
-                f"{self!r} must name each of the {num_nodes} clients once, by their places 0 to {num_nodes - 1} in the "
-                f"order of their ids; it names {found}."
+                f"{self!r} must name each of the {num_nodes} clients once, by their positions 0 to {num_nodes - 1} in "
+                f"the order of their ids; it names {found}."
             )
         return [list(group) for group in self.groups]
 
@@ -69,16 +69,18 @@ class Edges(Topology):
             return own.expand(num_nodes, num_nodes).clone()
         found = torch.zeros(num_nodes, num_nodes, dtype=torch.float64)
         for group in self.members(num_nodes):
-            shares = own[group] / own[group].sum()
+            total = own[group].sum()
             for node in group:
-                found[node, group] = shares
+                found[node, group] = own[group] / total if total > 0 else 0.0
+                if not total > 0:
+                    found[node, node] = 1.0
         return found
 
     def check(self, num_nodes: int) -> None:
         self.members(num_nodes)
 
     def rho(self, num_nodes: int) -> float:
-        return 0.0  # after the mean of all, all agree
+        return 0.0  # all agree after the mean of all
 
     def _reaches_cloud(self, round: int) -> bool:
         return (round + 1) % self.edge_rounds == 0
@@ -86,10 +88,10 @@ class Edges(Topology):
 
 @dataclass(frozen=True)
 class Cyclic(Topology):
-    """One model goes from client to client; a round is the visit of one, and ``n`` rounds go round all ``n`` once.
+    """Cyclic weight transfer: one model is passed from client to client; each round is a visit to one client.
 
-    No client waits for another, and there is nothing to average: the round's client trains the global model, and the
-    result is the next one (cyclic weight transfer). With different data the last clients count most.
+    ``n`` rounds visit all ``n`` clients once. Nothing is averaged: the round's client trains the global model, and the
+    result is the next global model. If the clients' data differ, the model fits those of the last clients best.
 
     Args:
         reverse: Whether the model goes from the last client to the first. Default False.
@@ -104,14 +106,14 @@ class Cyclic(Topology):
 
 @dataclass(frozen=True)
 class Swarm(Topology):
-    """Swarm learning: there is one model, and in each round another client is elected to average.
+    """Swarm learning: one global model; in each round a randomly elected client computes the average.
 
-    All send their updates to the elected one and get the mean back, which is that of a server. No party is the server
-    for good; one of ``n`` sees the others' updates in one of ``n`` rounds, and nobody needs a machine that is in no
-    silo. The draw is from (seed, round), so that all know who is elected without a vote.
+    All clients send their updates to the elected one and receive the mean, the same as with a server. No party is the
+    server permanently: on average each sees the others' updates in one of ``n`` rounds, and no machine outside the
+    silos is needed. The election is drawn from (seed, round), so that all know the result without communication.
 
     Args:
-        seed: Seed of the draws. Default 0.
+        seed: Seed of the elections. Default 0.
 
     Reference:
         Warnat-Herresthal et al., "Swarm Learning for decentralized and confidential clinical machine learning", Nature

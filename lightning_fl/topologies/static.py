@@ -1,4 +1,4 @@
-"""Graphs that stay as they are."""
+"""Static graphs, the same in all rounds."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from collections.abc import Iterable, Sequence
@@ -13,7 +13,7 @@ from lightning_fl.topologies.topology import Edge, Topology
 
 @dataclass(frozen=True)
 class Complete(Topology):
-    """Every node mixes with all others: each has the weighted mean after a round, as with a server."""
+    """Every node mixes with all others: after a round each has the weighted mean, as with a server."""
 
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return combinations(range(num_nodes), 2)
@@ -33,7 +33,7 @@ class Ring(Topology):
 
 @dataclass(frozen=True)
 class Path(Topology):
-    """A ring that is open between the last and the first node."""
+    """A ring without the edge between the last and the first node."""
 
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         return ((node, node + 1) for node in range(num_nodes - 1))
@@ -49,7 +49,7 @@ class Star(Topology):
 
 @dataclass(frozen=True)
 class Grid(Topology):
-    """A table of nodes, row by row, each of which mixes with those above, below and beside it.
+    """Nodes in a grid, row by row; each mixes with those above, below, left and right of it.
 
     Args:
         rows: Number of rows.
@@ -60,13 +60,13 @@ class Grid(Topology):
     columns: int
 
     wraps = False
-    """Whether the last row is beside the first, and the last column beside the first."""
+    """Whether the first and last rows, and the first and last columns, are adjacent."""
 
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         if self.rows * self.columns != num_nodes:
             raise ValueError(
-                f"{self!r} has {self.rows * self.columns} nodes, but the federation {num_nodes} clients. Give it rows "
-                "and columns whose product is the number of clients."
+                f"{self!r} has {self.rows * self.columns} nodes, but the federation has {num_nodes} clients. Choose "
+                "rows and columns whose product is the number of clients."
             )
         for row in range(self.rows):
             for column in range(self.columns):
@@ -78,7 +78,7 @@ class Grid(Topology):
 
 @dataclass(frozen=True)
 class Torus(Grid):
-    """A grid without a border: its last row is beside the first, and its last column beside the first.
+    """A grid without a border: its first and last rows, and its first and last columns, are adjacent.
 
     Args:
         rows: Number of rows.
@@ -90,21 +90,21 @@ class Torus(Grid):
 
 @dataclass(frozen=True)
 class Hypercube(Topology):
-    """Nodes mix with those whose numbers differ from theirs in one binary digit; their number is a power of 2."""
+    """Nodes mix with those whose indices differ in one binary digit; the number of nodes must be a power of 2."""
 
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
         if num_nodes & (num_nodes - 1):
-            raise ValueError(f"Hypercube() needs a power of 2 as the number of clients, and found {num_nodes}.")
+            raise ValueError(f"Hypercube() needs a power of 2 as the number of clients, but found {num_nodes}.")
         bits = range(num_nodes.bit_length() - 1)
         return ((node, node ^ (1 << bit)) for node in range(num_nodes) for bit in bits)
 
 
 @dataclass(frozen=True)
 class Graph(Topology):
-    """The edges that are given.
+    """A graph given by its edges.
 
     Args:
-        pairs: Pairs of nodes, by their places in the order of the clients' ids.
+        pairs: Pairs of nodes, by their positions in the order of the clients' ids.
         directed: Whether an edge goes from the first to the second node only. Default False.
     """
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from lightning_fl.seeding import round_rng
@@ -13,9 +14,9 @@ from lightning_fl.topologies.topology import Edge, Topology
 
 @dataclass(frozen=True)
 class Random(Topology):
-    """Each pair of nodes is linked with probability ``p``, anew in every round, from (seed, round).
+    """A new random graph in every round, drawn from (seed, round): each pair is linked with probability ``p``.
 
-    A round's graph may fall apart; over the rounds news of each node reaches all others.
+    The graph of a single round may be disconnected; over the rounds each node's information reaches all others.
 
     Args:
         p: The probability, in (0, 1].
@@ -37,16 +38,20 @@ class Random(Topology):
         return (pair for pair, is_linked in zip(combinations(range(num_nodes), 2), drawn, strict=True) if is_linked)
 
     def check(self, num_nodes: int) -> None:
-        """See :meth:`Topology.check`; over the rounds every pair is linked some time."""
+        """See :meth:`Topology.check`; every pair is linked in some round."""
 
 
 @dataclass(frozen=True)
 class Exponential(Topology):
-    r"""Each node receives from those 1, 2, 4, ... places before it: all are near after few rounds.
+    r"""Each node receives from those 1, 2, 4, ... positions before it, so that information spreads in few rounds.
 
     Args:
-        one_peer: Whether each round has one of these distances, in turns: one message a node and round, and the exact
-            mean after :math:`\log_2 n` rounds if the number of clients is a power of 2. Default False: all at once.
+        one_peer: Whether each round uses only one of these distances, in turn: one message per node and round, and the
+            exact mean after :math:`\log_2 n` rounds if the number of clients is a power of 2. Default False: all
+            distances in every round.
+
+    Raises:
+        ValueError: In the first round, if the clients' weights differ.
     """
 
     one_peer: bool = False
@@ -65,7 +70,13 @@ class Exponential(Topology):
         return ((node, (node + distance) % num_nodes) for node in range(num_nodes) for distance in distances)
 
     def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
-        # All nodes have as many that send as that receive, so equal parts make a doubly stochastic matrix.
+        if weights is not None and not torch.allclose(weights, weights.new_tensor(1 / num_nodes)):
+            low, high = weights.min(), weights.max()
+            raise ValueError(
+                f"{self!r} mixes all clients alike, but their weights are {low:.3g} to {high:.3g}, so that they would "
+                "be ignored. Use weighting='uniform', or a graph whose edges go both ways."
+            )
+        # Every node has the same number of senders and receivers, so equal shares give a doubly stochastic matrix.
         return self.push_matrix(num_nodes, round)
 
 

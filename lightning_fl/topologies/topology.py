@@ -12,26 +12,26 @@ Edge = tuple[int, int]
 
 
 class Topology(ABC):
-    r"""Who mixes its model with whom: :math:`x_i \leftarrow \sum_j W_{ij}(t) \, x_j`, a function of the round.
+    r"""Which nodes mix their models: :math:`x_i \leftarrow \sum_j W_{ij}(t) \, x_j`, as a function of the round.
 
     Nodes are the clients in the order of their ids. A topology of your own is a frozen dataclass with :meth:`edges`.
     """
 
     @abstractmethod
     def edges(self, num_nodes: int, round: int = 0) -> Iterable[Edge]:
-        """The pairs ``(from, to)`` of nodes that talk in a round, without a node's talk to itself.
+        """The edges ``(from, to)`` along which nodes send in a round, without loops.
 
         Raises:
-            ValueError: If there is no such graph of so many nodes.
+            ValueError: If there is no such graph with ``num_nodes`` nodes.
         """
 
     @property
     def is_directed(self) -> bool:
-        """Whether an edge goes one way only; such a graph is for push-sum, unless its matrix is doubly stochastic."""
+        """Whether edges go one way only; such a graph needs push-sum, unless its matrix is doubly stochastic."""
         return False
 
     def period(self, num_nodes: int) -> int:
-        """After how many rounds the matrices repeat; 1 for a graph that stays, or that is random."""
+        """The number of rounds after which the matrices repeat; 1 for a static or random graph."""
         return 1
 
     def links(self, num_nodes: int, round: int = 0) -> Tensor:
@@ -50,10 +50,12 @@ class Topology(ABC):
         return found.fill_diagonal_(False)
 
     def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
-        r"""The mixing matrix :math:`W`, whose rows and columns add up to 1: float64 ``[num_nodes, num_nodes]``.
+        r"""The mixing matrix :math:`W`, which keeps the weighted mean of models: float64 ``[num_nodes, num_nodes]``.
 
-        By default Metropolis weights, :math:`W_{ij} = 1 / (1 + \max(d_i, d_j))` for neighbours of degrees :math:`d`,
-        and the rest on the diagonal.
+        Its rows add up to 1, and :math:`\sum_i p_i W_{ij} = p_j` for weights :math:`p`: with equal ones its columns add
+        up to 1 too. By default Metropolis-Hastings, :math:`W_{ij} = \min(1 / (1 + d_i), \, p_j / (p_i (1 + d_j)))` for
+        neighbours of degrees :math:`d`, and the rest on the diagonal; a node of weight 0 passes on what it hears as one
+        of mean weight.
 
         Args:
             num_nodes: Number of nodes.
@@ -61,24 +63,30 @@ class Topology(ABC):
             weights: The nodes' weights in the mean of all models; they add up to 1. None: uniform.
 
         Raises:
-            ValueError: If the graph is directed, so that no such matrix follows from it.
+            ValueError: If no such matrix follows from the graph, because it is directed.
+
+        Reference:
+            Hastings, "Monte Carlo Sampling Methods Using Markov Chains and Their Applications", Biometrika 1970.
         """
         if self.is_directed:
             raise ValueError(f"{self!r} is directed: use algorithm='pushsum', or a graph whose edges go both ways.")
         links = self.links(num_nodes, round)
-        degrees = links.sum(1).double()
-        found = torch.where(links, 1 / (1 + torch.maximum(degrees[:, None], degrees)), 0.0)
+        offers = 1 / (1 + links.sum(1).double())
+        own = torch.ones(num_nodes, dtype=torch.float64) if weights is None else weights.double()
+        # Whoever has no data changes nothing, so that any weight keeps the others' optimum; with 0 it would cut a path.
+        own = torch.where(own > 0, own, own.sum() / (own > 0).sum())
+        found = torch.where(links, torch.minimum(offers[:, None], own / own[:, None] * offers), 0.0)
         return found + torch.diag(1 - found.sum(1))
 
     def push_matrix(self, num_nodes: int, round: int = 0) -> Tensor:
-        """For push-sum: each node deals what it has out to itself and its successors; columns add up to 1."""
+        """The matrix of push-sum: each node divides its values among itself and its successors; columns add up to 1."""
         found = self.links(num_nodes, round).double() + torch.eye(num_nodes, dtype=torch.float64)
         return found / found.sum(0)
 
     def rho(self, num_nodes: int) -> float:
-        r"""How much of the nodes' disagreement is left after a round of mixing, :math:`\lVert W - 1 1^T / n \rVert_2`.
+        r"""The factor by which a round reduces the nodes' disagreement, :math:`\lVert W - 1 1^T / n \rVert_2`.
 
-        For matrices that vary, the mean over a period; 1: the nodes never agree, 0: after one period they do.
+        For time-varying matrices, the mean over a period. 1: the nodes never agree; 0: they agree after one period.
         """
         product, rounds = torch.eye(num_nodes, dtype=torch.float64), self.period(num_nodes)
         for round in range(rounds):
@@ -87,7 +95,7 @@ class Topology(ABC):
         return float(norm.clamp(min=0)) ** (1 / rounds)
 
     def check(self, num_nodes: int) -> None:
-        """Makes sure that news of each node reaches every other.
+        """Checks that information from each node reaches every other.
 
         Raises:
             ValueError: If it does not.
@@ -100,17 +108,17 @@ class Topology(ABC):
         if not reach.all():
             target, source = (~reach).nonzero()[0].tolist()
             raise ValueError(
-                f"{self!r} does not connect {num_nodes} nodes: nothing of node {source} ever reaches node {target}. "
-                "Add edges, or train the parts as federations of their own."
+                f"{self!r} does not connect {num_nodes} nodes: nothing from node {source} ever reaches node {target}. "
+                "Add edges, or train the parts as separate federations."
             )
 
 
 @dataclass(frozen=True)
 class Lazy(Topology):
-    r"""Another topology at half speed, :math:`(I + W) / 2`: its eigenvalues are not negative, as D2 needs.
+    r"""Half of another topology's mixing, :math:`(I + W) / 2`, whose eigenvalues are not negative, as D2 needs.
 
     Args:
-        topology: The other one.
+        topology: The other topology.
     """
 
     topology: Topology

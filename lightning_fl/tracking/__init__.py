@@ -1,4 +1,4 @@
-"""What a run leaves behind: its partition, the metrics of each round, plots and an HTML report."""
+"""The record of a run: its partition, the metrics of each round, plots and an HTML report."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Plots of answers about data: survival curves, counts, estimates with their intervals."""
+"""Plots of answers from federated analytics: survival curves, counts, estimates with confidence intervals."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NORMAL_95 = 1.959963984540054
-"""Standard errors from an estimate to the ends of its 95% interval."""
+"""Half the width of a 95% confidence interval, in standard errors."""
 
 
 def survival_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel: str) -> Figure:
-    """Steps from 1 down, each with its pointwise 95% interval.
+    """Survival curves as steps, with pointwise 95% confidence intervals.
 
     Args:
-        curves: By group ``time``, ``share`` and ``se``.
-        xlabel: What time is measured.
+        curves: By group, the lists ``time``, ``share`` and ``se``.
+        xlabel: Label of the time axis.
     """
     figure = new_figure(6.4, 3.4)
     axes = axes_of(figure)
@@ -40,7 +40,7 @@ def survival_figure(curves: Mapping[str, Mapping[str, Sequence[float]]], xlabel:
 
 
 def bars_figure(values: Mapping[str, float | None], xlabel: str, ylabel: str = "") -> Figure:
-    """A bar for each name; one without a value is named and has none."""
+    """A bar for each name; names without a value are shown without a bar."""
     figure = new_figure(6.4, min(1.2 + 0.28 * len(values), 8.0))
     axes = axes_of(figure)
     rows = np.arange(len(values))
@@ -57,13 +57,13 @@ def bars_figure(values: Mapping[str, float | None], xlabel: str, ylabel: str = "
 def intervals_figure(
     estimates: Mapping[str, tuple[float, float]], xlabel: str, reference: float | None = None, log: bool = False
 ) -> Figure:
-    """A point for each estimate, with its 95% interval.
+    """A point for each estimate, with its 95% confidence interval.
 
     Args:
-        estimates: By name the estimate and its standard error; with ``log`` those of the logarithm.
-        xlabel: What is estimated.
-        reference: Where to draw a line, such as a ratio of 1.
-        log: Whether the axis is of ratios.
+        estimates: By name, the estimate and its standard error; with ``log``, those of the logarithm.
+        xlabel: Label of the axis of estimates.
+        reference: Position of a reference line, such as a ratio of 1. None: no line.
+        log: Whether estimates are ratios on a logarithmic axis.
     """
     figure = new_figure(6.4, min(1.4 + 0.32 * len(estimates), 8.0))
     axes = axes_of(figure)

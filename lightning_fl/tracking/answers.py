@@ -1,4 +1,4 @@
-"""What questions about the data have found, as tables and plots: a page of its own, and a section of a run's report."""
+"""The answers of federated analytics as tables and plots: a separate page, and a section of a run's report."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_fl.tracking.answer_plots import is_number
 from lightning_fl.tracking.run import write_file
 
 ANSWERS_FILE = "answers.json"
-"""In a run's folder, what ``lightning-fl analyze --json`` has written."""
+"""The file in a run's folder that ``lightning-fl analyze --json`` writes."""
 MAX_NUMBERS = 8
 
 Answers = Mapping[str, Any]
-"""What ``Analysis.to_dict()`` gives."""
+"""The result of ``Analysis.to_dict()``."""
 
 
 def read_answers(path: Path) -> Answers:
-    """Reads the answers in a file.
+    """Reads answers from a file.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If the file has another format.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -37,14 +37,14 @@ def read_answers(path: Path) -> Answers:
 
 
 def write_page(answers: Answers, path: Path) -> None:
-    """Writes a page of the answers alone."""
+    """Writes a page with the answers only."""
     title = "Questions about the data"
     content = markup.section(f"{answers['clients']} clients", content_of(answers))
     write_file(path, markup.page(title, f"<h1>{title}</h1>\n{content}"))
 
 
 def content_of(answers: Answers) -> str:
-    """The answers as a table, and as plots what can be drawn."""
+    """The answers as a table, and as plots where possible."""
     rows = []
     images = []
     for answer in answers["answers"]:
@@ -55,7 +55,7 @@ def content_of(answers: Answers) -> str:
         if plots.is_available():
             images += list(_images(answer))
     clients, sums = answers.get("clients", "?"), answers.get("sums", "?")
-    words = f"{clients} clients have answered by {sums} sums; no row has left its client."
+    words = f"{clients} clients answered with {sums} sums; no row left its client."
     if answers.get("epsilon") is not None:
         words += f" Epsilon at most {markup.number(answers['epsilon'])} at delta {answers['delta']:.3g}, for one row."
     table = markup.table(["question", "of", "rows", "figure", "answer"], rows)

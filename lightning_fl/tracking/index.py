@@ -1,4 +1,4 @@
-"""A self-contained HTML page with a row for each of several runs, and chosen ones side by side."""
+"""A self-contained HTML page with one row per run, and a comparison of selected runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from lightning_fl.tracking.interactive import side_by_side
 from lightning_fl.tracking.markup import number, page
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of
 from lightning_fl.tracking.report import duration, started
 from lightning_fl.tracking.run import Run, write_file
 
@@ -20,7 +20,7 @@ COLUMNS = ("run", "started", "status", "algorithm", "clients", "rounds", "metric
 
 
 def write_index(runs: Sequence[Run], path: Path) -> None:
-    """Writes the page, the newest run first; a run's name leads to its report, where there is one.
+    """Writes the page, the newest run first; a run's name links to its report, if there is one.
 
     Args:
         runs: The runs.
@@ -32,11 +32,11 @@ def write_index(runs: Sequence[Run], path: Path) -> None:
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)
     table = f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
     title = f"{len(runs)} runs in {path.parent.resolve().name}"
-    hint = "<p>A name leads to a run's page, once <code>lightning-fl report RUN</code> has written it.</p>"
+    hint = "<p>A name links to a run's report, if <code>lightning-fl report RUN</code> has written it.</p>"
     measured = [run for run in newest_first if run.metric_names]
     try:
         metric = best_metric(measured) if measured else None
-    except ValueError:  # no metric is in all of them
+    except ValueError:  # the runs have no common metric
         metric = best_metric(measured[:1])
     compared = f"<section><h2>Side by side</h2>{side_by_side(newest_first, names, metric)}</section>\n"
     write_file(path, page(title, f"<h1>{escape(title)}</h1>\n<section>{table}{hint}</section>\n{compared}"))
@@ -67,5 +67,6 @@ def _metric(run: Run) -> list[str]:
     values = [value for value in run.metric(name)[1] if value == value]
     if not values:
         return [name, "nan", "-"]
-    best = max(values) if is_higher_better(name) else min(values)
-    return [name, number(values[-1]), number(best)]
+    ends = {"min": number(min(values)), "max": number(max(values))}
+    mode = mode_of(name, [run])
+    return [name, number(values[-1]), ends[mode] if mode else f"{ends['min']} to {ends['max']}"]

@@ -1,4 +1,4 @@
-"""The parts of a page that its script draws: curves to zoom into, clients to filter, runs side by side."""
+"""The interactive parts of a page: zoomable curves, a filter for clients, a comparison of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_fl.tracking.run import Row, Run, to_json
 
 SCRIPT = Path(__file__).with_name("page.js")
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""What a page may do: show what it holds itself, and send no request, whatever text is in it."""
+"""Content security policy of a page: only inline content and no requests, whatever text the page contains."""
 MAX_POINTS = 2000
 MAX_CLIENT_ROWS = 50_000
 
@@ -37,13 +37,13 @@ STYLE = """
 
 
 def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, instead: str) -> str:
-    """Curves to zoom into.
+    """Zoomable curves.
 
     Args:
         lines: The curves by name.
-        x: What the x-axis shows.
-        y: What the y-axis shows.
-        instead: What stands there without scripts, such as in print.
+        x: Label of the x-axis.
+        y: Label of the y-axis.
+        instead: The fallback without scripts, for example in print.
     """
     content = [
         {"name": name, "x": _thinned(list(places)), "y": _thinned(list(values))}
@@ -53,11 +53,11 @@ def curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str,
 
 
 def clients(rows: Sequence[Row], instead: str) -> str:
-    """Clients, each with its rows; of very many rows the last rounds.
+    """An explorer of clients and their rows; with very many rows, only the last rounds.
 
     Args:
-        rows: One for each client and round.
-        instead: What stands there without scripts.
+        rows: One row per client and round.
+        instead: The fallback without scripts.
     """
     newest = sorted(rows, key=lambda row: row["round"])[-MAX_CLIENT_ROWS:]
     names = dict.fromkeys(name for row in newest for name in row if name != "rank")
@@ -65,11 +65,11 @@ def clients(rows: Sequence[Row], instead: str) -> str:
 
 
 def side_by_side(runs: Sequence[Run], names: Sequence[str], metric: str | None) -> str:
-    """Runs to choose from, with the checkboxes ``data-run`` of the page.
+    """A comparison of runs, selected by the page's checkboxes ``data-run``.
 
     Args:
         runs: The runs.
-        names: What they are called.
+        names: Their display names.
         metric: The metric to show first.
     """
     return _part("runs", [_of_run(run, name) for run, name in zip(runs, names, strict=True)], "", metric=metric or "")
@@ -93,7 +93,7 @@ def _of_run(run: Run, name: str) -> dict[str, Any]:
 
 
 def _measured(run: Run, metric: str) -> dict[str, list[Any]]:
-    """A metric's values, and at which of the run's rounds they were measured."""
+    """A metric's values, and the rounds in which they were measured."""
     at = _thinned([place for place, row in enumerate(run.rounds) if metric in row.get("metrics", {})])
     return {"at": at, "y": [run.rounds[place]["metrics"][metric] for place in at]}
 

@@ -1,4 +1,4 @@
-"""What is logged besides Lightning's metrics: settings, the partition, and metrics with the round as x-axis."""
+"""Logging beyond Lightning's metrics: settings, the partition, and metrics with the round as x-axis."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ MAX_TABLE_ROWS = 1000
 
 
 def _writing(trainer: L.Trainer) -> list[Any]:
-    """The loggers that write on this rank."""
+    """The loggers that are active on this rank."""
     return [logger for logger in trainer.loggers if trainer.is_global_zero or isinstance(logger, SiloWandbLogger)]
 
 
 def log_settings(trainer: L.Trainer, settings: Mapping[str, str], own: Mapping[str, Any]) -> None:
     """Logs the strategy's settings as hyper-parameters, under ``fl/``, together with those of module and datamodule.
 
-    At once, because TensorBoard shows the first hyper-parameters that a run logs, and none that it logs later.
+    In a single call, because TensorBoard shows only the first hyper-parameters that a run logs.
 
     Args:
         trainer: The Trainer.
         settings: The settings.
-        own: The hyper-parameters of module and datamodule, unless Lightning logs them by itself.
+        own: The hyper-parameters of module and datamodule, unless Lightning logs them itself.
     """
     for logger in _writing(trainer):
         logger.log_hyperparams({**own, **{f"fl/{name}": as_number(value) for name, value in settings.items()}})
@@ -71,7 +71,7 @@ def log_table(trainer: L.Trainer, name: str, columns: Sequence[str], rows: Seque
 
 
 def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -> None:
-    """Logs a round's metrics to TensorBoard and W&B once more, with the round as x-axis; rounds count from 1."""
+    """Logs a round's metrics again to TensorBoard and W&B, with the round, counted from 1, as x-axis."""
     # Lightning's x-axis is global_step, in which runs with different amounts of local work can't be compared.
     for logger in _writing(trainer):
         if isinstance(logger, TensorBoardLogger):
@@ -83,7 +83,7 @@ def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -
 
 
 def log_own_silo(trainer: L.Trainer, row: Mapping[str, Any]) -> None:
-    """Logs this silo's own metrics, under ``silo/``, to the loggers that each silo has for itself."""
+    """Logs this silo's own metrics, under ``silo/``, to the loggers that write one run per silo."""
     for logger in _writing(trainer):
         if isinstance(logger, SiloWandbLogger):
             logger.log_metrics({f"silo/{name}": value for name, value in row.items() if isinstance(value, float)})

@@ -1,6 +1,6 @@
-"""The pieces of a page: sections, tables and pictures in one HTML file.
+"""The building blocks of a page: sections, tables and figures in one HTML file.
 
-Everything that comes from a run has to be escaped: names of metrics and clients could otherwise put scripts into it.
+Everything that comes from a run has to be escaped: names of metrics and clients could otherwise inject scripts.
 """
 
 from __future__ import annotations
@@ -57,11 +57,7 @@ summary { cursor: pointer; color: var(--accent); }
 
 
 def page(title: str, content: str) -> str:
-    """A whole page around its content.
-
-    Everything in it that comes from a run has to be escaped: names of metrics and clients could otherwise put scripts
-    into the page.
-    """
+    """A complete page with the given content, in which everything that comes from a run has to be escaped."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -72,20 +68,20 @@ def page(title: str, content: str) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """A section; nothing without content."""
+    """A section; an empty string without content."""
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
 
 
 def figures(images: Iterable[str]) -> str:
-    """Pictures side by side."""
+    """Figures side by side."""
     return f'<div class="figures">{"".join(images)}</div>'
 
 
 def image(
     figure: Figure, caption: str, curves: plots.Curves | None = None, ylabel: str = "", xlabel: str = "round"
 ) -> str:
-    """A picture with its caption; of curves the page's script makes a chart to zoom into."""
-    # An image and not inline SVG, in which the ids and styles of several figures would clash.
+    """A figure with its caption; the page's script replaces curves by a zoomable chart."""
+    # An image, not inline SVG, in which the ids and styles of several figures would clash.
     data = base64.b64encode(plots.as_svg(figure)).decode()
     text = escape(caption)
     image = f'<img alt="{text}" src="data:image/svg+xml;base64,{data}">'
@@ -94,7 +90,7 @@ def image(
 
 
 def table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
-    """A table; columns of numbers are set to the right."""
+    """A table; columns of numbers are right-aligned."""
     by_column = [[row[index] for row in rows] for index in range(len(columns))]
     numeric = [all(cell is None or isinstance(cell, int | float) for cell in cells) for cells in by_column]
     head = _line("th", map(str, columns), numeric)
@@ -115,5 +111,5 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """A number with the digits that matter."""
+    """A number with its significant digits."""
     return f"{value:.4g}"

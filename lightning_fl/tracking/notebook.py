@@ -1,4 +1,4 @@
-"""The report of a run inside a notebook."""
+"""The report of a run in a notebook."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_fl.tracking.run import Run
 
 
 class ReportPage:
-    """A report that a notebook shows in place.
+    """A report that a notebook displays inline.
 
     Args:
-        page: The page as text.
+        page: The HTML of the page.
         height: Its height in pixels.
     """
 
@@ -22,7 +22,7 @@ class ReportPage:
         self.page, self.height = page, height
 
     def _repr_html_(self) -> str:
-        # In a frame of its own, so that neither the page's style nor that of the notebook reaches the other.
+        # In a separate frame, so that the styles of page and notebook don't affect each other.
         return (
             f'<iframe srcdoc="{escape(self.page)}" sandbox style="width: 100%; height: {self.height}px; border: 0">'
             "</iframe>"

@@ -29,7 +29,7 @@ class PartitionSummary:
 
     @property
     def label_skew(self) -> float | None:
-        r"""How much the clients' labels differ: 0 if all have the same mix, towards 1 if none share a label.
+        r"""The difference between the clients' labels: 0 if all have the same mix, close to 1 if none share a label.
 
         The mean total variation distance of the clients' label shares :math:`p_i` from those of all clients together,
         weighted by size: :math:`\sum_i \frac{n_i}{n} \frac{1}{2} \lVert p_i - p \rVert_1`.
@@ -38,9 +38,9 @@ class PartitionSummary:
 
     @property
     def label_skew_if_iid(self) -> float | None:
-        """What :attr:`label_skew` would be by chance: for clients of the same sizes with randomly drawn labels.
+        """The :attr:`label_skew` expected by chance: for clients of the same sizes with randomly drawn labels.
 
-        Small clients differ by chance alone, so the skew means little without this number beside it.
+        Small clients differ by chance alone, so compare the skew with this number.
         """
         if not len(self.counts):
             return None
@@ -48,7 +48,7 @@ class PartitionSummary:
         total = counts.sum()
         if not total:
             return None
-        # A fixed seed, so that a report made again shows the same number.
+        # A fixed seed, so that a report that is created again shows the same number.
         rng = np.random.default_rng(0)
         draws = [rng.multinomial(size, counts.sum(axis=0) / total) for size in counts.sum(axis=1)]
         return _label_skew(np.asarray(draws, dtype=float))
@@ -64,7 +64,7 @@ class PartitionSummary:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PartitionSummary:
-        """The summary that :meth:`as_dict` was called on."""
+        """Restores a summary from the result of :meth:`as_dict`."""
         return cls(**{name: fields[name] for name in ("num_clients", "ids", "sizes", "labels", "counts")})
 
 

@@ -27,10 +27,10 @@ def summarise(
 
     Args:
         population: The clients.
-        group: The ranks of the federation. Each silo looks at its own data; the results are gathered.
-        max_clients: Number of clients to look at; if there are more, evenly spaced ones are chosen.
+        group: The ranks of the federation. Each silo reads its own data; the results are gathered.
+        max_clients: Maximum number of clients to read; if there are more, evenly spaced ones are chosen.
         read_samples: Whether to read every sample of data sets that do not store their labels.
-        share_labels: Whether the summary tells how many examples of each label the clients have.
+        share_labels: Whether the summary contains the clients' numbers of examples of each label.
     """
     ids = list(population.ids) if len(population) <= max_clients else _spread(population.ids, max_clients)
     if population.silos is None:
@@ -128,7 +128,7 @@ def _join(num_clients: int, found: Sequence[Mapping[str, Any]]) -> PartitionSumm
         return PartitionSummary(num_clients, ids, sizes)
     names = list(dict.fromkeys(name for fields in found for name in fields["values"]))
     if all(name.lstrip("-").isdigit() for name in names):
-        # As text, 10 would come before 2.
+        # As strings, 10 would come before 2.
         names.sort(key=int)
     counts = [
         [fields["values"].get(name, [0] * len(fields["ids"]))[row] for name in names]

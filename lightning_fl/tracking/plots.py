@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""By label: rounds and values."""
+"""Rounds and values, by label."""
 MAX_LABELLED_CLIENTS = 40
 MAX_LEGEND = 12
 MAX_CHARACTERS = 40
@@ -24,7 +24,7 @@ GREY = "#5f6b7a"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of a size in inches, made without pyplot so that its global state is not touched.
+    """An empty figure of a size in inches, created without pyplot, whose global state stays unchanged.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -32,7 +32,7 @@ def new_figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "lightning-fl[tracking]"') from error
+        raise ImportError('Figures need matplotlib: pip install "lightning-fl[tracking]"') from error
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -46,7 +46,7 @@ def is_available() -> bool:
 
 
 def as_text(name: Any) -> str:
-    """A user's name for a figure: no longer than the figure can take, and no formula, which need not be valid."""
+    """A user's name as text for a figure: shortened to fit, and escaped so that it is not parsed as a formula."""
     text = str(name)
     shown = text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}\u2026"
     return shown.replace("$", r"\$")
@@ -133,7 +133,7 @@ def _many_clients(axes: Axes, summary: PartitionSummary) -> None:
 
 
 def label_colours(count: int) -> list[Any]:
-    """Colours of which none occurs twice: strong ones for up to 20 labels, a gradient for more."""
+    """Distinct colours: strong ones for up to 20 labels, a gradient for more."""
     from matplotlib import colormaps
 
     if count <= 10:
@@ -155,11 +155,11 @@ def curves_figure(
 
     Args:
         curves: The lines.
-        ylabel: What they show.
-        width: In inches.
-        height: In inches.
-        bands: By label how far a band around the line reaches to both sides.
-        xlabel: What they go over, if not rounds.
+        ylabel: Label of the y-axis.
+        width: Width in inches.
+        height: Height in inches.
+        bands: By label, the half-width of a band around the line.
+        xlabel: Label of the x-axis. Default ``"round"``.
     """
     figure = new_figure(width, height)
     axes = axes_of(figure)
@@ -188,7 +188,7 @@ def draw_curves(axes: Axes, curves: Curves, ylabel: str, bands: Mapping[str, Seq
 
 
 def clock_figure(seconds: Sequence[float], values: Sequence[float], ylabel: str) -> Figure:
-    """A line over the seconds of a simulated clock."""
+    """A line over the time of a simulated clock, in seconds."""
     figure = new_figure(6.4, 3.4)
     axes = axes_of(figure)
     axes.plot(seconds, values, linewidth=1.8, color="#4c78a8", marker="o" if len(seconds) < 3 else None)
@@ -219,7 +219,7 @@ def panels_figure(panels: Mapping[str, Curves], columns: int = 2) -> Figure:
 
 
 def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Figure:
-    """How each round's time divides into phases, stacked."""
+    """The phases of each round's time, stacked."""
     figure = new_figure(6.4, 3.0)
     axes = axes_of(figure)
     axes.stackplot(rounds, list(seconds.values()), labels=list(seconds), alpha=0.9, step="mid")
@@ -233,7 +233,7 @@ def phases_figure(rounds: Sequence[float], seconds: Mapping[str, Sequence[float]
 
 
 def heat_map_figure(rows: Iterable[Mapping[str, Any]], value: str, label: str) -> Figure:
-    """A cell per client and round; white where a client took no part, a cross where its update was refused."""
+    """A cell per client and round; white if a client took no part, a cross if its update was refused."""
     rows = list(rows)
     clients = sorted({row["client"] for row in rows}, key=lambda client: (isinstance(client, str), client))
     rounds = sorted({row["round"] for row in rows})
@@ -273,7 +273,7 @@ def _count_rounds(axes: Axes) -> None:
 
 
 def axes_of(figure: Figure, rows: int = 1, columns: int = 1, index: int = 1) -> Axes:
-    """Axes without a frame, of one panel of a figure."""
+    """The axes of one panel of a figure, without a frame."""
     axes = figure.add_subplot(rows, columns, index)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

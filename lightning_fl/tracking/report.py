@@ -10,12 +10,12 @@ from typing import Any
 
 from lightning_fl.tracking import interactive, markup, plots
 from lightning_fl.tracking.answers import ANSWERS_FILE, content_of, read_answers
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of
 from lightning_fl.tracking.run import Run, write_file
 
 MAX_PANELS = 8
 EVALUATED = ("personalized/", "global/", "local/")
-"""What begins the names of figures of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
+"""Prefix of the metrics of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
 CONTRIBUTION = "contribution/"
 PHASES = {
     "read": "waiting for data",
@@ -48,7 +48,7 @@ def render(run: Run) -> str:
         markup.section("On the simulated clock", _clock(run)),
         markup.section("Privacy", _privacy(run)),
         markup.section("Clients, round by round", _clients(run)),
-        markup.section("Who contributes what", _contributions(run)),
+        markup.section("Contributions of clients", _contributions(run)),
         markup.section("Who has what", _partition(run)),
         markup.section("Questions about the data", _answers(run)),
         markup.section("Updates, time and traffic", _costs(run)),
@@ -71,12 +71,13 @@ def _head(run: Run) -> str:
     if run.metric_names:
         name = best_metric([run])
         rounds, values = run.metric(name)
-        choose = max if is_higher_better(name) else min
         finite = [(value, at) for at, value in zip(rounds, values, strict=True) if value == value]
         cards.append((markup.number(values[-1]), f"{name} in the last round"))
-        if finite:
-            best, at = choose(finite, key=lambda pair: pair[0])
-            cards.append((markup.number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {at}"))
+        mode = mode_of(name, [run])
+        for choose, end in ((max, "highest"), (min, "lowest")):
+            if finite and mode in (None, choose.__name__):  # both, where it is not known which is the best
+                value, at = choose(finite, key=lambda pair: pair[0])
+                cards.append((markup.number(value), f"{end} {name}, round {at}"))
     for prefix in ("dp", "dp_example"):
         if f"{prefix}_unit" in run.rounds[-1]:
             epsilon = run.rounds[-1][f"{prefix}_epsilon"]
@@ -101,12 +102,12 @@ def _clients_in_words(run: Run) -> str:
 
 
 def _is_global(name: str) -> bool:
-    """Whether a metric is of the global model: those of training are of the clients' models while they train."""
+    """Whether a metric is of the global model; training metrics are of the clients' models during local training."""
     return not name.startswith(("train", "fl/", "clients/", *EVALUATED))
 
 
 def _privacy(run: Run) -> str:
-    """What was guaranteed after the last round, to whom and against whom, and how epsilon has grown."""
+    """The privacy guarantee after the last round, for its unit and adversary, and epsilon by round."""
     facts = {name: value for name, value in run.rounds[-1].items() if name.startswith("dp_")}
     if not facts:
         return ""
@@ -124,7 +125,7 @@ def _words_of(name: str) -> str:
 
 
 def _place_of(name: str) -> int:
-    """The unit, the adversary and the two numbers are what a guarantee is; the rest is how it is reached."""
+    """Sorts the unit, the adversary, epsilon and delta, which state the guarantee, before the settings behind it."""
     order = ("epsilon", "delta", "unit", "adversary")
     return next((place for place, word in enumerate(order) if name.endswith(word)), len(order))
 
@@ -140,7 +141,7 @@ def _or_nan(value: float | None) -> float:
 
 
 def _client_evaluations(run: Run) -> str:
-    """How well the models serve each client: by round, from the worst to the best served one, and one by one."""
+    """The performance for each client: by round, from the worst to the best client, and one by one."""
     by_round: dict[str, dict[str, Any]] = {}
     for name in run.metric_names:
         if name.startswith(EVALUATED) and len(run.metric(name)[0]) > 1:
@@ -153,23 +154,25 @@ def _after_the_last_round(run: Run) -> str:
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     if not names:
         return ""
-    name = min(names, key=lambda own: (not is_higher_better(own), list(names).index(own)))
+    name = min(names, key=lambda own: (mode_of(own, [run]) != "max", list(names).index(own)))
+    mode = mode_of(name, [run])
+    first, last = ("worst", "best") if mode else ("lowest", "highest")
     by_model: dict[str, dict[Any, float]] = {}
     for row in rows:
         if row["metrics"].get(name) is not None:
             by_model.setdefault(row["model"], {})[row["client"]] = row["metrics"][name]
-    ordered = {model: sorted(values.values(), reverse=not is_higher_better(name)) for model, values in by_model.items()}
+    ordered = {model: sorted(values.values(), reverse=mode == "min") for model, values in by_model.items()}
     curves = {model: (list(range(1, len(values) + 1)), values) for model, values in ordered.items()}
     label = f"{name} of a client"
     figure = markup.image(
-        plots.curves_figure(curves, label, xlabel="clients, the worst served first"),
-        f"{name} on each client's own validation data, the worst served client first",
+        plots.curves_figure(curves, label, xlabel=f"clients, the {first} first"),
+        f"{name} on each client's own validation data, the {first} client first",
         curves,
         label,
-        "clients, the worst served first",
+        f"clients, the {first} first",
     )
     summary = markup.table(
-        ["model", f"mean {name}", "worst client", "median client", "best client"],
+        ["model", f"mean {name}", f"{first} client", "median client", f"{last} client"],
         [[model, sum(own) / len(own), own[0], own[len(own) // 2], own[-1]] for model, own in ordered.items()],
     )
     sizes = {row["client"]: row["num_examples"] for row in rows}
@@ -200,7 +203,7 @@ def _by_round(kinds: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _clock(run: Run) -> str:
-    """What the simulated clock shows: how soon the metrics get better, and how old the updates are."""
+    """Metrics over the time of the simulated clock, and the staleness of the updates."""
     rows = [row for row in run.rounds if "clock" in row]
     if not rows:
         return ""
@@ -213,7 +216,7 @@ def _clock(run: Run) -> str:
     ages = [row.get("staleness", []) for row in rows]
     counts = [sum(own[age] for own in ages if age < len(own)) for age in range(max(map(len, ages)))]
     if len(counts) > 1:
-        caption = "how many server updates old the updates of all rounds were"
+        caption = "staleness of the updates of all rounds, in server updates"
         figures.append(markup.image(plots.counts_figure(counts, "staleness", "updates"), caption))
     words = f"{len(rows)} rounds in {rows[-1]['clock']:,.1f} simulated seconds."
     return f"<p>{words}</p>{markup.figures(figures)}"
@@ -226,8 +229,8 @@ def _clients(run: Run) -> str:
             return ""
         return "<p>Add the callback <code>fl.callbacks.ClientMetrics()</code> to see loss and drift of each client.</p>"
     captions = {
-        "loss": "training loss: a row that stays bright is a client that the model does not serve well",
-        "drift": "how far local training moved the model: clients with much brighter rows pull it towards themselves",
+        "loss": "training loss: a row that stays bright is a client that the model does not fit well",
+        "drift": "how far local training moved the model: clients with much brighter rows pull it towards their data",
     }
     figures = [
         markup.image(plots.heat_map_figure(run.clients, name, name), caption)
@@ -252,7 +255,7 @@ def _worst_clients(run: Run) -> str:
 
 
 def _contributions(run: Run) -> str:
-    """The shares that :class:`~lightning_fl.callbacks.Contribution` has measured, added up over the rounds."""
+    """The contributions measured by :class:`~lightning_fl.callbacks.Contribution`, summed over the rounds."""
     rows = [row for row in run.rounds if any(name.startswith(CONTRIBUTION) for name in row)]
     if not rows:
         return ""
@@ -294,10 +297,10 @@ def _partition(run: Run) -> str:
     sizes = summary.known_sizes
     words = f"{summary.num_clients:,} clients with {min(sizes):,} to {max(sizes):,} examples"
     if len(summary.ids) < summary.num_clients:
-        words += f" (of {len(summary.ids):,} looked at)"
+        words += f" (of {len(summary.ids):,} that were read)"
     if summary.label_skew is not None and summary.label_skew_if_iid is not None:
         words += (
-            f". Label skew {summary.label_skew:.2f}: 0 if all had the same mix of labels, 1 if none had one in common; "
+            f". Label skew {summary.label_skew:.2f}: 0 if all have the same mix of labels, 1 if no two share a label; "
             f"with labels drawn at random it would be {summary.label_skew_if_iid:.2f}"
         )
     columns = ["client", "examples", *summary.labels]
@@ -318,7 +321,7 @@ def _costs(run: Run) -> str:
     norms = {"norm of the mean update": [row.get("update_norm") for row in rows]}
     spread = {"spread of the updates": [row.get("update_spread") for row in rows]}
     shown = [(norms, "how far the global model moved; it should fall as training converges")]
-    if not any(value is not None and value < 0 for value in spread["spread of the updates"]):  # so where noise is added
+    if not any(value is not None and value < 0 for value in spread["spread of the updates"]):  # negative under noise
         shown.append((spread, "0: all clients pull in the same direction; near 1: they cancel out"))
     for curves, caption in shown:
         drawn = {name: (rounds, [float("nan") if v is None else v for v in values]) for name, values in curves.items()}
@@ -326,9 +329,7 @@ def _costs(run: Run) -> str:
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
     phases = {label: values for label, values in phases.items() if any(values)}
-    figures.append(
-        markup.image(plots.phases_figure(rounds, phases), "where the time of each round went, without validation")
-    )
+    figures.append(markup.image(plots.phases_figure(rounds, phases), "time of each round by phase, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())
     totals["validation, saving, logging"] = max(0.0, everything - sum(totals.values()))
@@ -343,7 +344,7 @@ def _costs(run: Run) -> str:
         else "One process simulated all clients, so nothing was sent."
     )
     if rows[-1].get("dp_unit") == "example":
-        words += " Gradients of single examples, their clipping and noise are part of local training."
+        words += " Per-example gradients, clipping and noise are part of local training."
     return f"{markup.figures(figures)}<p>{words}</p>{table}"
 
 
@@ -401,7 +402,7 @@ def started(run: Run) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people to read."""
+    """A human-readable duration."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

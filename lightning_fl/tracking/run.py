@@ -45,7 +45,7 @@ def write_file(path: Path, text: str, is_secret: bool = False) -> None:
     Args:
         path: The file.
         text: Its content.
-        is_secret: Whether only its owner may read it, also what is appended later.
+        is_secret: Whether only its owner may read it, including rows appended later.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, text.encode(), mode=0o600 if is_secret else 0o666, durable=False)
@@ -73,7 +73,7 @@ def read_rows(path: Path) -> list[Row]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}, is damaged: {error}") from error
+            raise ValueError(f"{path}, line {number}, is corrupt: {error}") from error
         rows.append(row)
     return rows
 
@@ -87,7 +87,7 @@ class Run:
         facts: The content of ``run.json``: settings, versions, the command line, how the run ended.
         rounds: One row per round, with its global metrics under ``"metrics"``.
         clients: One row per client and round, if the run had :class:`~lightning_fl.callbacks.ClientMetrics`.
-        evaluations: One row for each ``test`` and ``validate`` of its model: what, checkpoint, metrics.
+        evaluations: One row for each ``test`` and ``validate`` of its model: stage, checkpoint, metrics.
         client_evaluations: One row for each client and model that
             :class:`~lightning_fl.callbacks.PersonalizedEvaluation` has evaluated.
     """
@@ -104,7 +104,7 @@ class Run:
         """Reads a run's folder; in a folder of several runs, the one that started last.
 
         Raises:
-            ValueError: If there is no run in the folder, or a file is damaged.
+            ValueError: If there is no run in the folder, or a file is corrupt.
         """
         folder = find_run(Path(path))
         try:
@@ -112,7 +112,7 @@ class Run:
             if not isinstance(facts, dict):
                 raise ValueError(f"found a {type(facts).__name__}, expected an object")
         except ValueError as error:
-            raise ValueError(f"{folder / RUN_FILE} is damaged: {error}") from error
+            raise ValueError(f"{folder / RUN_FILE} is corrupt: {error}") from error
         files = (ROUNDS_FILE, EVALUATIONS_FILE, CLIENT_EVALUATIONS_FILE)
         rounds, *evaluations = (read_rows(folder / name) if (folder / name).exists() else [] for name in files)
         return cls(folder, facts, rounds, read_clients(folder), *evaluations)
@@ -126,6 +126,12 @@ class Run:
     def settings(self) -> dict[str, str]:
         """The strategy's and the Trainer's settings, as text."""
         return dict(self.facts.get("settings", {}))
+
+    @property
+    def modes(self) -> dict[str, Any]:
+        """By metric ``"min"`` or ``"max"``, as the run's ``ModelCheckpoint`` and ``EarlyStopping`` monitor it."""
+        found = self.facts.get("modes")
+        return {n: mode for n, mode in found.items() if mode in ("min", "max")} if isinstance(found, dict) else {}
 
     @property
     def algorithm(self) -> str:
@@ -171,7 +177,7 @@ def find_run(path: Path) -> Path:
         return path
     below = runs_below(path)
     if not below:
-        found = "is a folder without" if path.is_dir() else "is no folder, so there is no"
+        found = "is a folder without" if path.is_dir() else "is not a folder, so there is no"
         raise ValueError(
             f"{path} {found} {RUN_FILE}. Give the folder of a run, such as logs/NAME/version_0; `lightning-fl fit` "
             "writes one unless the Trainer has no logger, a script with the callback fl.callbacks.RunRecord()."
@@ -180,13 +186,13 @@ def find_run(path: Path) -> Path:
 
 
 def runs_below(path: Path) -> list[Path]:
-    """The folders of the runs in a folder, the one that was written to last at the end."""
+    """The folders of the runs in a folder, the most recently written last."""
     files = path.glob(f"**/{RUN_FILE}") if path.is_dir() else ()
     return [file.parent for file in sorted(files, key=lambda file: file.stat().st_mtime)]
 
 
 def read_clients(folder: Path) -> list[Row]:
-    """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from whichever of its files exists."""
+    """The rows of :class:`~lightning_fl.callbacks.ClientMetrics`, from the file format that exists."""
     parquet, table, lines = (folder / f"{CLIENTS_STEM}.{suffix}" for suffix in ("parquet", "csv", "jsonl"))
     if lines.exists():  # the run is in progress, or was killed before it could write the final file
         return read_rows(lines)
@@ -195,7 +201,7 @@ def read_clients(folder: Path) -> list[Row]:
             import pyarrow.parquet
         except ImportError as error:
             raise ValueError(f'{parquet} needs pyarrow to be read: pip install "lightning-fl[tracking]"') from error
-        # Unlike `read_table`, this imports no pandas, which takes as long as the rest of a report.
+        # Unlike `read_table`, this does not import pandas, which takes as long as the rest of a report.
         with pyarrow.parquet.ParquetFile(parquet) as file:
             return file.read().to_pylist()
     if table.exists():
@@ -205,7 +211,7 @@ def read_clients(folder: Path) -> list[Row]:
 
 
 def as_number(text: str) -> Any:
-    """The number, bool or None that a text represents, otherwise the text itself."""
+    """The number, bool or None that a string represents, otherwise the string itself."""
     if text in ("", "True", "False"):
         return {"": None, "True": True, "False": False}[text]
     try:

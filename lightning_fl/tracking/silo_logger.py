@@ -23,7 +23,7 @@ class SiloWandbLogger(WandbLogger):
     Args:
         group: The W&B group: a name of the federation, the same for all silos.
         name: The silo's name. None: the variable ``LIGHTNING_FL_SILO_NAME``, or ``silo-RANK``.
-        kwargs: See :class:`lightning.pytorch.loggers.WandbLogger`.
+        **kwargs: Arguments of :class:`lightning.pytorch.loggers.WandbLogger`.
     """
 
     def __init__(self, group: str, name: str | None = None, **kwargs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Vertical federated learning: parties that hold other columns of the same rows."""
+"""Vertical federated learning: parties that hold different columns of the same rows."""
 
 from lightning_fl.vertical.channel import PartyLost
 from lightning_fl.vertical.loader import SharedOrder, aligned_loader

@@ -1,4 +1,4 @@
-"""How two parties exchange activations and gradients: checked tensors, and who is gone."""
+"""The exchange of activations and gradients between parties: checked tensors, and detection of lost parties."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ MAX_DIMS = 6
 MAX_ELEMENTS = 1 << 28
 TENSOR, LOST = 0, 1
 GRACE_S = 10.0
-"""How long a party that ends waits for the others to hear why."""
+"""Seconds that a party that ends waits for the others to receive the reason."""
 
 
 class PartyLost(RankLost):
-    """Another party has left the training."""
+    """Raised when another party has left the training."""
 
 
 class Channel:
-    """Tensors between the parties, in the order in which both sides expect them.
+    """Exchanges tensors between the parties, in the order in which both sides expect them.
 
     Args:
         group: The parties.
-        names: A name of each for people to read.
+        names: A display name of each party.
 
     Attributes:
         sent: Bytes of tensors sent to each party.
-        received: Bytes of tensors received from each.
+        received: Bytes of tensors received from each party.
     """
 
     def __init__(self, group: Group, names: Sequence[str]) -> None:
@@ -82,7 +82,7 @@ class Channel:
 
         Raises:
             PartyLost: If the party has left, or says that another one has.
-            ValueError: If the tensor is another one.
+            ValueError: If the tensor is not the expected one.
         """
         step = self._count("from", source)
         try:
@@ -92,12 +92,14 @@ class Channel:
         except RankLost as error:
             self._lost(source, error)
         if kind == LOST and 0 <= other < self.group.size:
-            raise PartyLost(f"{self.name(other).capitalize()} has left the training, says {self.name(source)}.")
+            raise PartyLost(f"{self.name(other).capitalize()} has left the training, as {self.name(source)} reports.")
         who = self.name(source)
         if kind != TENSOR or not 0 <= code < len(DTYPES) or not 0 <= dim <= MAX_DIMS:
             raise ValueError(f"{who} sent something that is not a tensor.")
         if other != step:
-            raise ValueError(f"{who} is at its exchange {other}, this party at {step}: their batches differ in number.")
+            raise ValueError(
+                f"{who} is at exchange {other}, this party at {step}: the parties have different numbers of batches."
+            )
         found, expected = sizes[:dim], list(shape)
         fits = len(found) == len(expected) and all(b is None or a == b for a, b in zip(found, expected, strict=True))
         if not fits or min(found, default=1) < 0 or math.prod(found) > MAX_ELEMENTS:
@@ -118,11 +120,11 @@ class Channel:
         return self._steps[direction, rank]
 
     def _lost(self, rank: int, error: RankLost) -> None:
-        """Tells the others who is gone; they wait for this party and would blame it."""
+        """Tells the others which party is lost; they wait for this party and would report it instead."""
         header = torch.tensor([LOST, rank, 0, 0, *[0] * MAX_DIMS])
         others = [other for other in range(self.group.size) if other not in (rank, self.group.rank)]
         telling = [_in_thread(self.group.send, header, other) for other in others]
-        # One that is sending does not listen: its tensor is taken first, and thrown away.
+        # A party that is sending does not listen: receive its tensor first, and discard it.
         for other in others:
             _in_thread(self._drain, other)
         end = time.monotonic() + GRACE_S

@@ -1,4 +1,4 @@
-"""Ids as points of Curve25519, by the map of RFC 9380, and secret multiples of them, by X25519."""
+"""Ids as points of Curve25519 (RFC 9380), and their secret multiples (X25519)."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FIELD_BYTES = 48
 
 
 def encode_to_curve(message: bytes, tag: bytes) -> int:
-    """The u-coordinate of a message's point, by the suite ``curve25519_XMD:SHA-512_ELL2_NU_``.
+    """The u-coordinate of a message's point, with the suite ``curve25519_XMD:SHA-512_ELL2_NU_``.
 
     Args:
         message: Any bytes.
-        tag: The domain separation tag: what the point is for.
+        tag: The domain separation tag: the purpose of the point.
 
     Reference:
         RFC 9380, "Hashing to Elliptic Curves".
@@ -40,7 +40,7 @@ def hash_to_field(message: bytes, tag: bytes) -> int:
 
 def map_to_curve(element: int) -> int:
     """The u-coordinate of a field element's point, by Elligator 2."""
-    u = -A * pow(1 + 2 * element * element, -1, PRIME) % PRIME  # 1 + 2 e^2 is never 0: -1/2 is no square
+    u = -A * pow(1 + 2 * element * element, -1, PRIME) % PRIME  # 1 + 2 e^2 is never 0: -1/2 is not a square
     value = (u * u + A * u + 1) * u % PRIME
     return u if pow(value, (PRIME - 1) // 2, PRIME) in (0, 1) else (-u - A) % PRIME
 
@@ -57,14 +57,14 @@ def clear_cofactor(u: int) -> int:
 
 
 def point_of(message: bytes, tag: bytes) -> bytes:
-    """A message's point for :meth:`SecretFactor.multiply`, whose factor has the cofactor."""
+    """A message's point for :meth:`SecretFactor.multiply`, whose factor includes the cofactor."""
     return map_to_curve(hash_to_field(message, tag)).to_bytes(POINT_BYTES, "little")
 
 
 class SecretFactor:
-    """A secret number by which points are multiplied, and the one that undoes it.
+    """A secret factor by which points are multiplied, and its inverse.
 
-    X25519 takes multiples of 8 from 2^254 on, so the number is drawn until its inverse has such a form too.
+    X25519 accepts multiples of 8 from 2^254 on, so the factor is drawn until its inverse has this form too.
     """
 
     def __init__(self) -> None:
@@ -81,17 +81,17 @@ class SecretFactor:
         """The multiple of a point.
 
         Raises:
-            ProtocolError: If the point has low order, so that its multiple would say nothing, or is malformed.
+            ProtocolError: If the point has low order, so that its multiple would be meaningless, or is malformed.
         """
         return self._factor.agree(check_point(point))
 
     def undo(self, point: bytes) -> bytes:
-        """The point, less its cofactor's part, whose multiple was taken."""
+        """Inverts :meth:`multiply`: the original point without its cofactor component."""
         return self._inverse.agree(check_point(point))
 
 
 def check_point(point: bytes) -> bytes:
-    """Refuses bytes that are no u-coordinate in its only form.
+    """Refuses bytes that are not the canonical encoding of a u-coordinate.
 
     Raises:
         ProtocolError: If they are not.

@@ -14,9 +14,9 @@ class SharedOrder(Sampler[int]):
     """The order of the rows in each epoch, the same for all parties: drawn from (seed, epoch).
 
     Args:
-        ids: The ids of the rows, in their order, of which parties compare a hash.
+        ids: The ids of the rows, in their order; parties compare a hash of them.
         seed: The parties' common seed.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether to shuffle the rows in each epoch.
     """
 
     def __init__(self, ids: Sequence[Any], seed: int, shuffle: bool) -> None:
@@ -49,17 +49,17 @@ def aligned_loader(
     """A loader whose batches hold the same rows as those of the other parties.
 
     Args:
-        dataset: This party's columns, one example a row.
-        ids: The id of each row: what ``psi`` has aligned. Parties compare a hash of them, and of their order.
-        batch_size: Rows in a batch; the same at all parties.
-        shuffle: Whether each epoch has an order of its own, from ``seed``.
-        seed: The same at all parties.
-        **options: Of the ``DataLoader``.
+        dataset: This party's columns, one example per row.
+        ids: The id of each row, as aligned by ``psi``. Parties compare a hash of the ids and their order.
+        batch_size: Number of rows in a batch; the same at all parties.
+        shuffle: Whether to shuffle the rows in each epoch, by ``seed``. Default False.
+        seed: Seed of the order; the same at all parties. Default 0.
+        **options: Further arguments of ``DataLoader``.
 
     Raises:
-        ValueError: If there are not as many ids as examples.
+        ValueError: If the numbers of ids and examples differ.
     """
     size = len(dataset)  # type: ignore[arg-type]
     if size != len(ids):
-        raise ValueError(f"There are {len(ids)} ids for {size} examples; expected one each.")
+        raise ValueError(f"There are {len(ids)} ids for {size} examples; expected one per example.")
     return DataLoader(dataset, batch_size, sampler=SharedOrder(ids, seed, shuffle), **options)

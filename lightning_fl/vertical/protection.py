@@ -1,4 +1,4 @@
-"""What the party with the labels does so that gradients do not tell them."""
+"""Protection of the labels against leakage through gradients."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from lightning_fl.privacy.noise import SecureNoise
 
 @dataclass(frozen=True)
 class GradientNoise:
-    r"""Noise on the gradients that other parties receive, which hides how long each row's gradient is.
+    r"""Noise on the gradients that other parties receive, which hides the norm of each row's gradient.
 
     .. math:: g_i \leftarrow g_i + \mathcal{N}(0, s^2 \max_j \lVert g_j \rVert^2 / d)
 
-    Rare labels have longer gradients, by which another party could tell them. This is a remedy against that attack, and
-    no differential privacy: how well it works is measured by the attack, not proved.
+    for :math:`d` elements per row. Rare labels have longer gradients, by which another party could infer them. This
+    protects against that attack, but is not differential privacy: its strength is measured by the attack, not proved.
 
     Args:
-        scale: The noise's norm :math:`s` relative to the longest gradient of the batch. Default 4.
+        scale: The norm :math:`s` of the noise relative to the longest gradient of the batch. Default 4.
+
+    Raises:
+        ValueError: If ``scale`` is not positive.
 
     Reference:
         Li et al., "Label Leakage and Protection in Two-party Split Learning", ICLR 2022.

@@ -1,4 +1,4 @@
-"""Private set intersection: parties find the ids that all of them have, and learn of no others."""
+"""Private set intersection: parties find the ids that all of them have, and learn no others."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LABEL_BYTES = 16
 
 @dataclass(frozen=True)
 class SharedIds:
-    """What the parties have in common.
+    """The ids that the parties have in common.
 
     Args:
-        size: The number of ids that all have.
-        rows: Positions of these ids in this party's list, in an order that is the same for all parties and was drawn at
-            random; None if only the size was asked for.
+        size: The number of ids that all parties have.
+        rows: Positions of these ids in this party's list, in a random order that is the same for all parties; None if
+            only the size was requested.
     """
 
     size: int
@@ -40,41 +40,43 @@ def psi(ids: Sequence[str], group: Group, cardinality_only: bool = False) -> Sha
     r"""Finds the ids that all parties have; every party must call it.
 
     The first party sends its ids as points :math:`a H(x)` with a secret :math:`a`. Every other party j multiplies them
-    by its secret :math:`k_j`, and the first takes :math:`a` out again: it then has :math:`k_j H(x)`, which nobody else
-    can compute for ids that it does not have. Under these keys party j sends its share of zero for each of its own ids,
-    in a store that gives a random number for any other key. The shares of an id add up to zero only if all parties have
-    it. The first party tells the others which those are.
+    by its secret :math:`k_j`, and the first removes :math:`a` again: it then has :math:`k_j H(x)`, which no other party
+    can compute for ids that it does not have. With these points as keys, party j sends its share of zero for each of
+    its own ids, in an oblivious key-value store, which returns a random number for any other key. The shares of an id
+    add up to zero only if all parties have it. The first party tells the others which ids these are.
 
-    A party that follows the protocol learns the ids that all have, and how many ids each has. Among three or more, the
-    first party together with another one can learn which ids they share with a third.
+    A party that follows the protocol learns the ids that all parties have, and the number of ids of each. Among three
+    or more parties, the first one together with another one can learn which ids they share with a third.
 
     Args:
-        ids: This party's ids, each once.
+        ids: This party's ids, without duplicates.
         group: The parties.
-        cardinality_only: Tells only how many ids all have. The other parties then answer in a secret order.
+        cardinality_only: Whether to reveal only the number of common ids. The other parties then answer in a secret
+            order. Default False.
 
     Raises:
-        ValueError: On every party, if one has an id twice, or there is only one party.
-        ProtocolError: If a party sends what is no point, a point of low order, or too much or too little.
+        ValueError: On every party, if one has an id twice, there is only one party, or they disagree on
+            ``cardinality_only``.
+        ProtocolError: If a party sends an invalid point, a point of low order, or a wrong number of values.
 
     Reference:
         Kolesnikov et al., "Practical Multi-party Private Set Intersection from Symmetric-Key Techniques", CCS 2017,
         in the augmented semi-honest model; keys by Diffie-Hellman as in Jarecki and Liu, SCN 2010.
     """
     if group.size < 2:
-        raise ValueError("An intersection needs two parties or more, and there is one. Start them with torchrun.")
+        raise ValueError("An intersection needs at least two parties, but there is one. Start them with torchrun.")
     own = AgreementKey()
     twice = len(ids) - len(set(ids))
     problem = f"party {group.rank} has {twice} ids more than once; keep each once" if twice else ""
     hello = {"size": len(ids), "key": own.public.hex(), "problem": problem, "only": cardinality_only}
     hellos = [message.fields for message in group.all_gather(Message(hello), "psi: hello")]
     if any(told.keys() != hello.keys() for told in hellos):
-        raise ProtocolError(f"A party's greeting is not made of {', '.join(hello)}.")
+        raise ProtocolError(f"A party's first message does not consist of {', '.join(hello)}.")
     problems = [str(told["problem"])[:200] for told in hellos if told["problem"]]
     if problems:
         raise ValueError("The ids can't be aligned: " + "; ".join(problems) + ".")
     if len({told["only"] for told in hellos}) > 1:
-        raise ValueError("Some parties ask only for the size of the intersection, others for its ids. Agree on one.")
+        raise ValueError("Some parties request only the size of the intersection, others its ids. Agree on one.")
     sizes = [_size(told["size"]) for told in hellos]
     public = [_key(told["key"]) for told in hellos]
     session = digest(b"psi", *public)
@@ -100,7 +102,7 @@ def _lead(
     bins: Sequence[int],
     cardinality_only: bool,
 ) -> SharedIds:
-    # In a random order, which tells nothing of the order of the rows.
+    # In a random order, which reveals nothing about the order of the rows.
     order = list(range(len(ids)))
     random.SystemRandom().shuffle(order)
     hidden = [secret.multiply(point_of(ids[row].encode(), tag)) for row in order]
@@ -136,7 +138,7 @@ def _follow(
     pairs: dict[int, bytes],
     cardinality_only: bool,
 ) -> SharedIds:
-    # The order of the answers is a secret of all but the first party: the second draws it.
+    # The order of the answers is hidden from the first party: the second party draws it.
     seed = secrets.token_bytes(KEY_BYTES)
     sealed = {str(other): _xor(seed, _sealing(key)).hex() for other, key in pairs.items()} if group.rank == 1 else {}
     messages = group.all_gather(Message({"orders": sealed}), "psi: points")
@@ -158,19 +160,19 @@ def _follow(
     result = group.all_gather(Message(), "psi: result")[0]
     size = _size(result.fields.get("size"))
     if size > min(len(ids), leader_size):
-        raise ProtocolError(f"Party 0 says that all share {size} ids, but one has only {min(len(ids), leader_size)}.")
+        raise ProtocolError(f"Party 0 reports {size} common ids, but a party has only {min(len(ids), leader_size)}.")
     if cardinality_only:
         return SharedIds(size, None)
     rows = {_label(key): row for row, key in enumerate(keys)}
     told = _unpack(result.tensors.get(str(group.rank)), size, LABEL_BYTES, 0)
     unknown = [label for label in told if label not in rows]
     if unknown:
-        raise ProtocolError(f"Party 0 names {len(unknown)} shared ids that this party does not have.")
+        raise ProtocolError(f"Party 0 names {len(unknown)} common ids that this party does not have.")
     return SharedIds(size, [rows[label] for label in told])
 
 
 def _share(message: bytes, rank: int, pairs: dict[int, bytes]) -> int:
-    """This party's share of zero for an id: what it has in common with each other one, added by one of the two."""
+    """This party's share of zero for an id: a sum of pairwise secrets, with the opposite sign at the other party."""
     total = 0
     for other, key in pairs.items():
         common = int.from_bytes(hashlib.blake2b(message, key=key, person=b"share").digest(), "little")
@@ -201,7 +203,7 @@ def _xor(first: bytes, second: bytes) -> bytes:
 
 def _size(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 32:
-        raise ProtocolError(f"A party says that it has {value!r} ids; expected a number.")
+        raise ProtocolError(f"A party reports {value!r} as its number of ids; expected a number.")
     return value
 
 

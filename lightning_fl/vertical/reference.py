@@ -1,4 +1,4 @@
-"""A reference model of vertical training, and real data that is split by columns."""
+"""A reference model for vertical training, and a real data set split by columns."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from lightning_fl.vertical.strategy import Party, VerticalStrategy
 
 
 class BreastCancerPartiesDataModule(L.LightningDataModule):
-    """The Wisconsin breast cancer table, whose 30 columns are divided among the parties in equal parts.
+    """The Wisconsin breast cancer table, with its 30 columns divided equally among the parties.
 
     Args:
-        batch_size: Rows in a batch.
-        val_share: Share of the rows that is held out.
-        seed: Seed of the split and of the order of batches; the same at all parties.
+        batch_size: Number of rows in a batch. Default 32.
+        val_share: Share of the rows that is held out. Default 0.2.
+        seed: Seed of the split and of the order of batches; the same at all parties. Default 0.
 
     Raises:
-        ValueError: If an argument is out of range, or the strategy is no :class:`VerticalStrategy`.
+        ValueError: If an argument is out of range, or the strategy is not a :class:`VerticalStrategy`.
         ImportError: On setup, if scikit-learn is not installed.
     """
 
@@ -34,7 +34,7 @@ class BreastCancerPartiesDataModule(L.LightningDataModule):
         self.batch_size, self.val_share, self.seed = batch_size, check_test_share(val_share), seed
 
     def setup(self, stage: str) -> None:
-        """Reads this party's columns, and the labels where they are."""
+        """Reads this party's columns, and the labels at the party that has them."""
         strategy = self.trainer.strategy if self.trainer is not None else None
         if not isinstance(strategy, VerticalStrategy) or strategy.group is None:
             raise ValueError("BreastCancerPartiesDataModule divides columns among the parties of a VerticalStrategy.")
@@ -48,12 +48,12 @@ class BreastCancerPartiesDataModule(L.LightningDataModule):
             self._tensors.append(torch.from_numpy(labels).long())
 
     def train_dataloader(self) -> DataLoader:
-        """The training rows, each epoch in another order."""
+        """The training rows, shuffled in each epoch."""
         rows = self._train.tolist()
         return aligned_loader(self._rows(rows), rows, self.batch_size, shuffle=True, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader:
-        """The rows that are held out."""
+        """The held-out rows."""
         rows = self._val.tolist()
         return aligned_loader(self._rows(rows), rows, self.batch_size)
 
@@ -65,9 +65,9 @@ class SplitClassifier(Party):
     """A layer for each party's columns, and a classifier on top at the party with the labels.
 
     Args:
-        width: Activations that a party sends for each row.
-        num_classes: Number of classes.
-        lr: Adam's learning rate.
+        width: Number of activations that a party sends for each row. Default 8.
+        num_classes: Number of classes. Default 2.
+        lr: Adam's learning rate. Default 0.01.
     """
 
     def __init__(self, width: int = 8, num_classes: int = 2, lr: float = 0.01) -> None:
@@ -76,7 +76,7 @@ class SplitClassifier(Party):
         self.bottom: nn.Module | None = None
 
     def configure_model(self) -> None:
-        """Makes the layers, whose sizes the data and the number of parties say."""
+        """Creates the layers, whose sizes depend on the data and the number of parties."""
         if self.bottom is not None:
             return
         num_features = self.trainer.datamodule.num_features  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Values by key that hide which keys there are: whoever asks for another key gets a random value."""
+"""An oblivious key-value store, which hides its keys: any other key returns a random value."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from collections.abc import Mapping
 FIELD = 2**127 - 1
 VALUE_BYTES = 16
 MEAN_LOAD, BIN_SIZE = 16, 64
-"""Keys in a bin on average, and at most; more come with a probability below 1e-15."""
+"""Average and maximum number of keys in a bin; the maximum is exceeded with a probability below 1e-15."""
 
 
 def num_bins(size: int) -> int:
-    """How many bins hold so many keys."""
+    """The number of bins for ``size`` keys."""
     return max(1, -(-size // MEAN_LOAD))
 
 
 def encode(values: Mapping[bytes, int], bins: int) -> bytes:
-    r"""Encodes values as polynomials, one a bin, whose other values are uniformly random.
+    r"""Encodes values as one polynomial per bin, whose values at all other keys are uniformly random.
 
     .. math:: P(x) = I(x) + R(x) \prod_i (x - x_i)
 
-    with the interpolation I of the bin's values and a random R.
+    with the interpolation polynomial I of the bin's values and a random R.
 
     Args:
         values: Numbers below 2^127 - 1 by key; the keys have to be unpredictable.
         bins: Number of bins.
+
+    Raises:
+        ValueError: If a bin gets too many keys, which has a probability below 1e-15.
 
     Reference:
         Garimella et al., "Oblivious Key-Value Stores and Amplification for Private Set Intersection", CRYPTO 2021.
@@ -36,7 +39,7 @@ def encode(values: Mapping[bytes, int], bins: int) -> bytes:
         place, x = _place(key, bins)
         content[place].append((x, value))
     if max(map(len, content)) > BIN_SIZE:
-        raise ValueError("Too many ids came into one bin, which chance does less than once in 1e15 times. Run again.")
+        raise ValueError("Too many ids fell into one bin, which has a probability below 1e-15. Run again.")
     return b"".join(
         coefficient.to_bytes(VALUE_BYTES, "little") for points in content for coefficient in _polynomial(points)
     )
@@ -64,8 +67,8 @@ def _place(key: bytes, bins: int) -> tuple[int, int]:
 
 
 def _polynomial(points: list[tuple[int, int]]) -> list[int]:
-    """The coefficients, from that of 1 on, of a random polynomial through the points."""
-    # Newton's form: the interpolation grows by a multiple of the product that vanishes on the points so far.
+    """The coefficients, lowest degree first, of a random polynomial through the points."""
+    # Newton's form: each step adds a multiple of the product that vanishes at the points so far.
     found, product = [0], [1]
     for x, value in points:
         factor = (value - _at(found, x)) * pow(_at(product, x), -1, FIELD) % FIELD

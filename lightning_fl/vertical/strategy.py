@@ -1,4 +1,4 @@
-"""The Lightning strategy of parties that hold other columns of the same rows."""
+"""The Lightning strategy for parties that hold different columns of the same rows."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from lightning_fl.vertical.protection import GradientNoise
 
 
 class VerticalStrategy(SingleDeviceStrategy):
-    """Trains one network whose parts are with several parties, which hold other columns of the same rows.
+    """Trains one network that is split among several parties, which hold different columns of the same rows.
 
-    Every party runs its own Trainer, on its own module and optimizer, a :class:`Party`. For each batch the party with
-    the labels receives the others' activations, computes the loss, and sends each the gradient of its own. What is
-    trained is the network that one owner of all columns would train.
+    Every party runs its own Trainer with its own module, a :class:`Party`, and optimizer. For each batch the party with
+    the labels receives the others' activations, computes the loss, and sends each party the gradient of its
+    activations. The result is the network that a single owner of all columns would train.
 
     Args:
-        labels: Rank of the party with the labels, which shows the progress and logs.
-        name: This party's name, by which the others are told if it is lost.
-        protection: What the party with the labels does to the gradients that it sends. None: nothing. With it there is
-            no clipping by norm, for which parties tell each other the length of their gradients.
-        timeout: Seconds that a party waits for another one.
-        device: Device of this party's part.
+        labels: Rank of the party with the labels, which shows the progress and logs. Default 0.
+        name: This party's name, which the others report if it is lost. Default: none.
+        protection: Protects the gradients that the party with the labels sends. None: no protection. Not with clipping
+            by norm, for which parties reveal the norms of their gradients to each other.
+        timeout: Seconds that a party waits for another one. Default 1800.
+        device: Device of this party's part. Default ``"cpu"``.
 
     Raises:
         ValueError: On every party when training starts, if they differ in rows, their order, batches or settings.
@@ -72,13 +72,13 @@ class VerticalStrategy(SingleDeviceStrategy):
         if self.group is None:
             self.group = launched_group(self.timeout)
             if self.group.size < 2:
-                raise ValueError("Vertical training needs two parties or more, and there is one. Start with torchrun.")
+                raise ValueError("Vertical training needs at least two parties, but there is one. Start with torchrun.")
             if not 0 <= self.labels < self.group.size:
                 raise ValueError(f"labels={self.labels} is not a rank; there are {self.group.size} parties.")
             hello = {"labels": self.labels, "name": self.name[:100]}
             told = [message.fields for message in self.group.all_gather(Message(hello), "parties")]
             if any(fields["labels"] != self.labels for fields in told):
-                raise ValueError(f"The parties name different ones with the labels: {[f['labels'] for f in told]}.")
+                raise ValueError(f"The parties have different values of labels: {[f['labels'] for f in told]}.")
             self.channel = Channel(self.group, [str(fields["name"])[:100] for fields in told])
         shown = 0 if self.has_labels else 1 + self.group.rank
         rank_zero_only.rank = fabric_rank_zero_only.rank = shown  # type: ignore[attr-defined]
@@ -93,7 +93,7 @@ class VerticalStrategy(SingleDeviceStrategy):
         self._waiting.clear()
         self._served.clear()
         if str(trainer.precision).startswith("16"):
-            raise ValueError("precision 16 scales each party's loss by a number of its own. Use 32, 64 or bf16-mixed.")
+            raise ValueError("Precision 16 scales each party's loss differently. Use 32, 64 or bf16-mixed.")
         settings = {
             "stage": str(trainer.state.fn),
             "max_epochs": trainer.max_epochs,
@@ -111,34 +111,34 @@ class VerticalStrategy(SingleDeviceStrategy):
                 raise ValueError(str(message.fields["problem"])[:500])
 
     def _tells_of_labels(self, trainer: L.Trainer) -> str:
-        """What the party with the labels would tell of them beside protected gradients; empty if nothing."""
+        """How the party with the labels would leak them despite protected gradients; empty if it would not."""
         by_norm = trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value"
         if self.protection is None or not self.has_labels or not by_norm:
             return ""
         return (
             f"gradient_clip_val={trainer.gradient_clip_val} clips by the norm over all parties, so the party with the "
-            f"labels would tell the others the length of its gradients, which {type(self.protection).__name__} hides. "
-            "Clip by gradient_clip_algorithm='value', which each party does by itself, or train without clipping."
+            f"labels would reveal the norm of its gradients, which {type(self.protection).__name__} hides. Use "
+            "gradient_clip_algorithm='value', which each party does by itself, or train without clipping."
         )
 
     def on_train_start(self) -> None:
         trainer = self.lightning_module.trainer  # type: ignore[union-attr]
-        # After a checkpoint was loaded: parties that go on from different ones would train on other rows.
+        # After loading a checkpoint: parties that resume from different checkpoints would train on different rows.
         self._check_same({"epoch": trainer.current_epoch, "global_step": trainer.global_step}, "start")
 
     def process_dataloader(self, dataloader: object) -> object:
-        # Lightning wraps the batch sampler of a loader for predictions; the order is inside.
+        # Lightning wraps the batch sampler of a prediction loader; the order is inside.
         batches: Any = dataloader.batch_sampler if isinstance(dataloader, DataLoader) else None
         order = getattr(batches, "sampler", None)
         if batches is None or not isinstance(order, SharedOrder):
             raise ValueError(
                 f"The parties need the same rows in each batch, which {type(dataloader).__name__} does not ensure. "
-                "Make it with fl.vertical.aligned_loader(dataset, ids, batch_size, shuffle=True)."
+                "Create it with fl.vertical.aligned_loader(dataset, ids, batch_size, shuffle=True)."
             )
         assert self.group is not None
         settings = {"batch_size": batches.batch_size, "drop_last": batches.drop_last, "rows": len(order)}
         self._check_same({**settings, "seed": order.seed, "shuffle": order.shuffle}, "loaders")
-        # Without showing a hash of the ids, by which guesses could be tried.
+        # The error does not show the hash of the ids, which would allow testing guesses.
         if not all_hold_the_same(self.group, order.digest, "ids"):
             raise ValueError("The parties' rows differ, or are in a different order. Align them with lightning-fl psi.")
         return dataloader
@@ -150,7 +150,7 @@ class VerticalStrategy(SingleDeviceStrategy):
                 if message.fields.get(key) != value:
                     raise ValueError(
                         f"{self.channel.name(rank)} has {key}={message.fields.get(key)!r}, this party {value!r}. All "
-                        "parties need the same."
+                        "parties need the same value."
                     )
 
     # ---- a batch
@@ -160,8 +160,8 @@ class VerticalStrategy(SingleDeviceStrategy):
         assert self.group is not None
         if self._waiting:
             raise RuntimeError(
-                "The other parties still wait for the gradients of the last batch: training_step has to return the "
-                "loss of each batch, and manual optimization has to call manual_backward."
+                "The other parties are still waiting for the gradients of the last batch: training_step has to return "
+                "the loss of each batch, and manual optimization has to call manual_backward."
             )
         parts: list[Tensor | None] = []
         for rank in range(self.group.size):
@@ -176,7 +176,7 @@ class VerticalStrategy(SingleDeviceStrategy):
         return parts
 
     def hand_over(self, own: Tensor) -> Tensor:
-        """At every other party: a number whose gradient is that of the loss; 0 where nothing is trained."""
+        """At every other party: a scalar through which the gradient of the loss flows; 0 in evaluation."""
         if own.dim() != 2:
             raise ValueError(f"exchange takes activations [rows, width]; found the shape {tuple(own.shape)}.")
         self.channel.send(own, self.labels)
@@ -190,7 +190,7 @@ class VerticalStrategy(SingleDeviceStrategy):
         waiting, self._waiting = self._waiting, {}
         for rank, part in waiting.items():
             gradient = torch.zeros_like(part) if part.grad is None else part.grad
-            # Each party's Trainer divides its loss by this number; the gradient would be divided twice.
+            # Each party's Trainer divides its loss by this number, so the gradient would be divided twice.
             gradient = gradient * self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[union-attr]
             self.channel.send(gradient if self.protection is None else self.protection(gradient), rank)
 
@@ -199,7 +199,7 @@ class VerticalStrategy(SingleDeviceStrategy):
             self.channel.send(torch.zeros_like(own) if own.grad is None else own.grad, rank)
 
     def serve(self, middle: Callable[[Tensor], Tensor], client: int) -> Tensor:
-        """At the party with the middle of a network: what is to be returned as the loss."""
+        """At the party with the middle of a network: the scalar to return as the loss."""
         own = self.channel.receive(client, (None, None)).to(self.root_device)
         trains = torch.is_grad_enabled()
         found = middle(own.requires_grad_(trains))
@@ -211,11 +211,11 @@ class VerticalStrategy(SingleDeviceStrategy):
         return (found * gradient).sum() * self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[union-attr]
 
     def norm_of_all(self, squared: Tensor) -> Tensor:
-        """The norm of the gradient of all parties."""
+        """The norm of the gradient over all parties."""
         assert self.group is not None
         return self.group.all_reduce(squared.detach().double().cpu()).sqrt()
 
-    # ---- checkpoints: each party its own
+    # ---- checkpoints: each party writes its own
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         self.checkpoint_io.save_checkpoint(checkpoint, self._own(filepath), storage_options=storage_options)
@@ -227,7 +227,7 @@ class VerticalStrategy(SingleDeviceStrategy):
         return super().load_checkpoint(self._own(checkpoint_path), weights_only)
 
     def _own(self, path: Any) -> Path:
-        """A file of its own for each party, also where several write into one folder."""
+        """A separate file for each party, even if several write into one folder."""
         path = Path(path)
         if self.group is None or self.has_labels:
             return path
@@ -239,8 +239,8 @@ class Party(L.LightningModule):
     """One party's part of the network.
 
     ``training_step`` computes the activations of its columns and calls :meth:`exchange`. At the party with the labels
-    that gives the activations of all, from which it computes the loss; at every other party it gives what is to be
-    returned as the loss.
+    this returns the activations of all parties, from which it computes the loss; at every other party it returns the
+    scalar that ``training_step`` has to return as the loss.
 
     Example:
         >>> class Part(Party):
@@ -256,7 +256,7 @@ class Party(L.LightningModule):
         """The strategy.
 
         Raises:
-            ValueError: If it is another one.
+            ValueError: If the Trainer has another strategy.
         """
         strategy = self.trainer.strategy
         if not isinstance(strategy, VerticalStrategy):
@@ -271,13 +271,14 @@ class Party(L.LightningModule):
         return self.vertical.has_labels
 
     def exchange(self, h: Tensor | None) -> Any:
-        """Exchanges activations, and, where gradients are wanted, their gradients.
+        """Exchanges activations and, in training, their gradients.
 
         Args:
             h: This party's activations ``[rows, width]``. None at a party with the labels and no columns.
 
         Returns:
-            At the party with the labels the activations of all parties, in the order of ranks. At others a scalar.
+            At the party with the labels, the list of all parties' activations in the order of ranks. At others, a
+            scalar to return as the loss.
         """
         strategy = self.vertical
         if strategy.has_labels:
@@ -287,7 +288,7 @@ class Party(L.LightningModule):
         return strategy.hand_over(h)
 
     def remote(self, h: Tensor, server: int) -> Tensor:
-        """Sends activations through the middle of the network, which is with another party: a U-shaped split.
+        """Sends activations through the middle of the network at another party: a U-shaped split.
 
         The labels stay here, with the first and the last layers; the other party calls :meth:`serve`.
 
@@ -296,7 +297,7 @@ class Party(L.LightningModule):
             server: Rank of the party with the middle.
 
         Returns:
-            What the middle makes of them, ``[rows, other width]``; gradients come back through it.
+            The output of the middle, ``[rows, other width]``; gradients flow back through it.
         """
         strategy = self.vertical
         protection = strategy.protection if strategy.has_labels else None
@@ -311,14 +312,14 @@ class Party(L.LightningModule):
             client: Rank of that party.
 
         Returns:
-            What ``training_step`` is to return as the loss.
+            The scalar that ``training_step`` has to return as the loss.
         """
         return self.vertical.serve(middle, client)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        """Clips by the norm of the gradient of all parties, who tell each other theirs."""
+        """Clips by the norm of the gradient over all parties, who exchange the norms of theirs."""
         if not gradient_clip_val or gradient_clip_algorithm == "value":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
@@ -332,7 +333,7 @@ class Party(L.LightningModule):
 
 
 class _Remote(torch.autograd.Function):
-    """The middle of a network at another party, as one operation."""
+    """The middle of a network at another party, as an autograd function."""
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, channel: Channel, server: int, protection: GradientNoise | None) -> Tensor:

@@ -204,14 +204,14 @@ def test_a_smaller_rank_is_cut_off() -> None:
         (lambda: fl.adapters.LoRAProduct("stack"), "needs alpha"),
         (lambda: fl.adapters.LoRAProduct(alpha=4.0), "'svd' does not"),
         (lambda: fl.adapters.LoRAProduct("mean"), "expected 'svd' or 'stack'"),
-        (lambda: fl.adapters.LoRAProduct(rank=0), "positive number for method='svd'"),
+        (lambda: fl.adapters.LoRAProduct(rank=0), "is for method='svd' only"),
         (lambda: fl.algorithms.HetLoRA(), "expected a positive whole number for each client"),
         (lambda: federate(Adapted(), algorithm=fl.algorithms.HetLoRA(ranks=(1, 2))), "ranks for 2 clients, but .* 3"),
         (
             lambda: federate(Adapted(), aggregator=fl.adapters.LoRAProduct(), personal=("*lora_B*",)),
-            "train one half only",
+            "only one half of the pair",
         ),
-        (lambda: federate(NoAdapter(), algorithm=fl.algorithms.FFALoRA()), "hold no pair"),
+        (lambda: federate(NoAdapter(), algorithm=fl.algorithms.FFALoRA()), "contain no pair"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, words: str) -> None:

@@ -84,7 +84,7 @@ def test_only_responses_are_predicted(tmp_path: Path) -> None:
             '{"client": 1, "instruction": "a"}',
             r"line 2: expected an object with client, instruction, response \(KeyError",
         ),
-        ('{"client": 1, "instruction": "a", "response": 3}', "must be texts"),
+        ('{"client": 1, "instruction": "a", "response": 3}', "must be strings"),
         ("[1, 2]", "line 2"),
         ("plus 3", "line 2"),
         ('{"client": [1], "instruction": "a", "response": "b"}', "client id"),

@@ -81,5 +81,7 @@ def test_momentum_of_the_local_optimizer_is_warned_of() -> None:
         warnings.simplefilter("error")
         MimeLite().check_optimizers([SGD([param], lr=0.1)])
     for make in (partial(SGD, momentum=0.9), Adam):
-        with pytest.warns(UserWarning, match=r"brings momentum and scaling itself, found .*without momentum"):
+        with pytest.warns(
+            UserWarning, match=r"applies the server's momentum and scaling, but found .*without momentum"
+        ):
             MimeLite().check_optimizers([make([param], lr=0.1)])

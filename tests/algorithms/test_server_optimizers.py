@@ -134,7 +134,7 @@ class Listing(SGD):
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        (Global, "Global keeps something between its steps that belongs to no single parameter"),
+        (Global, "Global keeps state between its steps that belongs to no single parameter"),
         (Listing, r"Listing holds a list as 'history'\. Use another optimizer"),
     ],
 )

@@ -81,9 +81,9 @@ def test_notes_name_the_silo() -> None:
     notes = federated_schema(silos, "ill").notes
     assert len(notes) == 4, notes
     assert any("silo 0 has its columns in another order" in note for note in notes)
-    assert any("silo 1 has 'weight' about" in note and "another unit" in note for note in notes)
+    assert any("silo 1 has 'weight' about" in note and "Check its unit" in note for note in notes)
     assert any("silo 2 has fewer than 5 rows with colour = 'red'" in note for note in notes)
-    assert any("silo 2 has columns of its own" in note for note in notes)
+    assert any("silo 2 has additional columns" in note for note in notes)
 
 
 def test_rare_categories_and_numbers_to_predict_are_not_named() -> None:

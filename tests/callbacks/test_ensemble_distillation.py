@@ -135,7 +135,7 @@ def test_public_data_are_nobodys() -> None:
         ({"aggregator": fl.privacy.SecureAggregation()}, "SecureAggregation hides them"),
         ({"algorithm": "dsgd"}, "DSGD has a model for each client"),
         ({"personal": ["layer.*"]}, "clients keep layer"),
-        ({"schedule": fl.schedules.Buffered(1), "durations": fl.clients.Lognormal(1)}, "several rounds"),
+        ({"schedule": fl.schedules.Buffered(1), "durations": fl.clients.Lognormal(1)}, "different rounds"),
     ],
 )
 def test_where_no_one_may_see_the_models_it_is_refused(options: Any, match: str) -> None:

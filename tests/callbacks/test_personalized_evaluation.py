@@ -239,7 +239,7 @@ def test_a_strategy_without_clients_has_nothing_to_evaluate() -> None:
 
 @pytest.mark.parametrize("options", [{"finetune_epochs": -1}, {"local_epochs": -2}, {"every_n_rounds": 0}], ids=str)
 def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"=(-1|-2|0) must be None, or a whole number"):
+    with pytest.raises(ValueError, match=r"=(-1|-2|0) must be None or a whole number"):
         PersonalizedEvaluation(**options)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -104,6 +104,13 @@ def test_a_centralised_run_is_recorded_to_be_compared() -> None:
     assert (found.settings["strategy"], found.partition) == ("SingleDeviceStrategy", None)
 
 
+def test_the_record_says_in_which_direction_metrics_get_better() -> None:
+    stop = EarlyStopping("val_loss")
+    options: dict[str, Any] = {"enable_checkpointing": True}
+    _, found = record(extra=[stop, ModelCheckpoint("saved", monitor="val_acc", mode="max")], rounds=1, **options)
+    assert found.modes == {"val_loss": "min", "val_acc": "max"}
+
+
 class Fails(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch == 1:
@@ -143,7 +150,7 @@ def test_a_run_that_goes_on_has_all_rounds() -> None:
 
 
 def test_without_a_logger_it_wants_a_folder() -> None:
-    with pytest.raises(MisconfigurationException, match=r"Give the callback one, such as fl\.callbacks.RunRecord"):
+    with pytest.raises(MisconfigurationException, match=r"Give the callback a folder, such as fl\.callbacks.RunRecord"):
         record(logger=False)
     trainer("fedavg", callbacks=[RunRecord("here")]).fit(Plain(), image_clients())
     assert len(Run.read("here").rounds) == 1

@@ -51,19 +51,19 @@ def test_the_ledger_adds_up_over_calls(capsys: pytest.CaptureFixture[str]) -> No
     answers(words)
     with pytest.raises(SystemExit):
         answers(words)
-    assert "more than max_epsilon=1.5" in capsys.readouterr().err
+    assert "above max_epsilon=1.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("", "No question was given"),
-        ("--cox time,status --at x", "'x' is no number"),
+        ("--cox time,status --at x", "'x' is not a number"),
         ("--t-test age", "--t-test age: expected COLUMN,BY"),
         ("--mean age --delta 1e-6", "add --noise"),
         ("--mean age --range age=1", "needs two numbers"),
         ("--mean age --noise 1", "no declared range"),
-        ("--mean age --range age=0,120 --noise 1 --max-epsilon 0.1", "more than max_epsilon=0.1"),
+        ("--mean age --range age=0,120 --noise 1 --max-epsilon 0.1", "above max_epsilon=0.1"),
         ("--mean age --by sex --secure", "does not declare values of the column 'sex'"),
         ("--mean agee", "There is no column 'agee'"),
     ],

@@ -107,7 +107,7 @@ def test_a_copied_recipe_comes_with_its_commands_and_scripts(capsys: pytest.Capt
 
 def test_a_second_project_or_identity_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     main(["init", "first"])
-    assert refused(capsys, "init", "first").endswith("(lightning-fl init DIR), or write over them with --force.")
+    assert refused(capsys, "init", "first").endswith("(lightning-fl init DIR), or overwrite them with --force.")
     main(["init", "first", "--force"])
     main(["keys", "create", "keys/north"])
     old = capsys.readouterr().out.splitlines()[-1]
@@ -148,6 +148,25 @@ def test_of_a_loss_the_lowest_is_the_best(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"FedAvg +3 +0\.3 +0\.1 +2 +2 ", printed)
 
 
+def test_where_the_direction_is_unknown_both_ends_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5, 0.1, 0.3], name="val_x")
+    main(["compare", "a", "--format", "csv"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [row[name] for name in ("highest", "highest in round", "lowest", "lowest in round")] == [
+        "0.5",
+        "1",
+        "0.1",
+        "2",
+    ]
+    assert "give --mode max or --mode min" in refused(capsys, "compare", "a", "--target", "0.2")
+    main(["compare", "a", "--format", "csv", "--mode", "min", "--target", "0.2"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (row["lowest"], row["0.2 in round"], "highest" in row) == ("0.1", "2", False)
+    main(["report", "a"])
+    page = Path("a/report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("highest val_x, round 1", "lowest val_x, round 2"))
+
+
 def test_a_metric_that_a_run_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Path("a"), [0.5])
     assert refused(capsys, "compare", "a", "--metric", "f1").endswith("has no metric 'f1'. Its metrics: val_acc.")
@@ -170,7 +189,7 @@ def test_runs_that_share_a_setting_are_one_row(capsys: pytest.CaptureFixture[str
     assert [row["difference"] for row in rows] == ["+0", "-0.15"]
     assert [row["0.85 in round"] for row in rows] == ["2 (1 of 2)", "never"]
     assert [row["runs"] for row in rows] == ["2", "2"]
-    assert refused(capsys, "compare", *runs, "--group-by", "mu").endswith("There are algorithm, seed.")
+    assert refused(capsys, "compare", *runs, "--group-by", "mu").endswith("The settings are algorithm, seed.")
     assert refused(capsys, "compare", *runs, "--baseline", "x").startswith(
         "lightning-fl: error: There is no row 'x' for --baseline; the rows are FedAvg_0, FedAvg_1,"
     )
@@ -235,7 +254,7 @@ def test_a_report_shows_the_simulated_clock() -> None:
     text = render(found)
     assert "2 rounds in 1,234.5 simulated seconds" in text
     assert "by the simulated time" in text
-    assert "how many server updates old" in text
+    assert "staleness of the updates" in text
 
 
 def test_a_report_shows_what_went_wrong_and_escapes_what_it_shows() -> None:
@@ -274,7 +293,7 @@ def test_a_partition_that_the_strategy_makes_is_shown_too(capsys: pytest.Capture
     options = ["--trainer.strategy", "lightning_fl.FederatedStrategy", "--trainer.strategy.num_clients", "40"]
     main(["partition", "--config", config(), *options, "--max-clients", "35", "--out", "who.png"])
     printed = capsys.readouterr().out
-    assert "clients: 40, 35 of them looked at" in printed
+    assert "clients: 40, 35 of them read" in printed
     assert "a client has 35 to 36, the median 36" in printed
     assert printed.count("...") > 3  # 30 rows are shown
     assert Path("who.png").exists()

@@ -78,15 +78,15 @@ def test_a_sky_task_starts_torchrun_on_every_machine(capsys: pytest.CaptureFixtu
     [
         (["slurm", "--silos", "0", *FIT], "must be at least 1"),
         (["slurm", "--silos", "3"], "Name the configuration"),
-        (["slurm", "--silos", "3", *FIT, "--trainer.devices", "4"], "follows from --silos and --nproc"),
-        (["slurm", "--silos", "3", *FIT, "--time", "soon"], "must be such as 30"),
+        (["slurm", "--silos", "3", *FIT, "--trainer.devices", "4"], "is set by --silos and --nproc"),
+        (["slurm", "--silos", "3", *FIT, "--time", "soon"], "must have a form such as 30"),
         (["slurm", "--silos", "3", *FIT, "--partition", "a\nrm -rf /"], "is not a partition name"),
         (["slurm", "--silos", "3", *FIT, "--gpus", "A100"], "must be a number for slurm"),
         (["slurm", "--silos", "3", *FIT, "--image", "a"], "option of kubernetes"),
-        (["slurm", "--silos", "3", *FIT, "--name", "My Job"], "small letters"),
+        (["slurm", "--silos", "3", *FIT, "--name", "My Job"], "lower-case letters"),
         (["kubernetes", "--silos", "3", *FIT], "needs --image"),
         (["kubernetes", "--silos", "3", *FIT, "--time", "30"], "option of slurm"),
-        (["skypilot", "--silos", "3", *FIT, "--gpus", "2"], "must name a kind"),
+        (["skypilot", "--silos", "3", *FIT, "--gpus", "2"], "must name a GPU type"),
     ],
 )
 def test_what_makes_no_job_is_one_line(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

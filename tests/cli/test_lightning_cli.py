@@ -174,5 +174,5 @@ def test_a_dry_run_shows_clients_and_cost_and_trains_nothing(capsys: pytest.Capt
 
 
 def test_a_dry_run_of_a_plain_strategy_is_refused() -> None:
-    with pytest.raises(MisconfigurationException, match="DryRun shows a federation, but the strategy is SingleDevice"):
+    with pytest.raises(MisconfigurationException, match="DryRun needs a federated strategy, found SingleDevice"):
         FederatedCLI(["fit", "--config", write_config(), "--trainer.strategy", "auto", "--dry-run"])

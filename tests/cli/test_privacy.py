@@ -43,8 +43,8 @@ def test_many_clients_take_a_smaller_delta(capsys: pytest.CaptureFixture[str]) -
     [
         ("--noise-multiplier 1 --rounds 5 --cohort 3", "--cohort needs --clients"),
         ("--noise-multiplier 1 --rounds 5 --rate 2", "rate=2.0"),
-        ("--noise-multiplier 1 --rounds 5 --rate 0.1 --cohort 3", "give one of them"),
-        ("--noise-multiplier 1 --rounds 5 --rate 0.1 --local", "do not matter"),
+        ("--noise-multiplier 1 --rounds 5 --rate 0.1 --cohort 3", "give only one of them"),
+        ("--noise-multiplier 1 --rounds 5 --rate 0.1 --local", "leave out --rate"),
         ("--noise-multiplier 1 --rounds 0", "count=0"),
         ("--rounds 5", "one of the arguments --noise-multiplier --epsilon is required"),
     ],

@@ -28,7 +28,7 @@ def test_tables_are_aligned_under_torchrun(tmp_path: Path) -> None:
 
 def test_refused(capsys: pytest.CaptureFixture[str]) -> None:
     pd.DataFrame({"id": [1, 2]}).to_csv("party.csv", index=False)
-    for words, message in (("", "Give either --out"), ("--cardinality", "needs two parties")):
+    for words, message in (("", "Give either --out"), ("--cardinality", "needs at least two parties")):
         with pytest.raises(SystemExit):
             main(["psi", "party.csv", "--id", "id", *words.split()])
         assert message in capsys.readouterr().err

@@ -312,7 +312,7 @@ def test_weights_by_examples_need_known_sizes() -> None:
         Population(ClientLoaders(range(3), lambda client: [[client]])),
         Population(ClientLoaders({1: [[0]]}), silos=3),
     ):
-        with pytest.raises(ValueError, match="has to know the number of examples of each client"):
+        with pytest.raises(ValueError, match="needs the number of examples of each client"):
             ParticipationSampler(Participation(Weighted(), 2), population, 0, LocalGroup())
 
 

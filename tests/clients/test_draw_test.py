@@ -105,9 +105,9 @@ def test_draws_that_can_only_be_equal_are_believed() -> None:
 @pytest.mark.parametrize(
     ("kind", "per_round", "names"),
     [
-        (First, 0.375, "asked again"),
-        (InTurn, 0.5, "asked again"),
-        (OwnSeed, 0.3, "asked again"),
+        (First, 0.375, "the same clients every time"),
+        (InTurn, 0.5, "the same clients every time"),
+        (OwnSeed, 0.3, "the same clients every time"),
         (Pairs, 0.5, "share 0 clients"),
         (Favours, 0.3, "client 0 was drawn"),
     ],
@@ -117,7 +117,7 @@ def test_others_are_not(kind: type[Honest], per_round: float, names: str, num_cl
 
 
 def test_coins_that_are_none_are_not() -> None:
-    assert "clients a round" in str(verdict(MoreOften(0.3), 100))
+    assert "clients per round" in str(verdict(MoreOften(0.3), 100))
     assert "variance" in str(verdict(SameSize(0.3), 100))
 
 

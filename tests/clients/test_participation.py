@@ -100,7 +100,7 @@ def test_amounts_that_do_not_fit_the_clients_are_refused(amount: Amount, message
     ],
 )
 def test_what_is_out_of_range_is_refused(make: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected|must hold|leaves nobody"):
+    with pytest.raises(ValueError, match=r"expected|must hold|leaves no client"):
         make()
 
 

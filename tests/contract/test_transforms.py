@@ -123,7 +123,7 @@ OF_PRIVACY: dict[str, Any] = {
         ({"aggregator": NoSum()}, r"NoSum is not a sum\. Use fl\.aggregation\.WeightedMean\(\)"),
     ],
 }
-SECURE = [({"aggregator": SecureAggregation()}, "TopK sends each client's own selection.* Use RandomK")]
+SECURE = [({"aggregator": SecureAggregation()}, "TopK sends a selection or scale that differs.* Use RandomK")]
 ENTRIES = {
     "identity": Entry(Transform, neutral={}, beside={"transforms": [Lengthens()], "aggregator": NoSum()}),
     "error feedback": Entry(Rounds),

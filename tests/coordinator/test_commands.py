@@ -80,7 +80,7 @@ def test_the_authority_made_again_for_another_host_gives_the_coordinator_a_certi
     kit, key = Kit("hospitals/coordinator"), Path("hospitals/coordinator/key.pem").read_bytes()
     assert "is new" not in capsys.readouterr().out
     main([*init, "--host", "10.0.0.7", "--host", "fl.example.org"])
-    assert "is new: it holds for 10.0.0.7, fl.example.org" in capsys.readouterr().out
+    assert "is new and valid for 10.0.0.7, fl.example.org" in capsys.readouterr().out
     assert {str(name.value) for name in hosts_of(kit.check())} == {"10.0.0.7", "fl.example.org"}
     assert kit.key.read_bytes() == key
     before = kit.cert.read_bytes()
@@ -234,7 +234,7 @@ def test_the_coordinator_reads_the_strategy_and_runs_no_code_of_others(tmp_path:
     path.write_text(
         "trainer: {strategy: {class_path: FederatedStrategy, init_args: {algorithm: {class_path: os.system}}}}"
     )
-    with pytest.raises(ValueError, match="runs no code of others"):
+    with pytest.raises(ValueError, match="runs only code of lightning_fl"):
         read_strategy(path)
     path.write_text("model: 1")
     with pytest.raises(ValueError, match=r"has no trainer\.strategy"):

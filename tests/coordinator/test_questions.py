@@ -170,7 +170,7 @@ def test_the_command(live: LiveCoordinator, capsys: pytest.CaptureFixture[str]) 
         ("questions: [By]", "--mean age --by sex=1,2", "The question is Mean"),
         ("min_count: 10", "--mean age", "policy.yaml has min_count: 10"),
         ("require: secure aggregation", "--mean age", "policy.yaml requires secure aggregation"),
-        ("", "--mean age --client inst", "give its own file alone"),
+        ("", "--mean age --client inst", "Give only its own file"),
     ],
 )
 def test_a_silo_refuses_before_it_meets(

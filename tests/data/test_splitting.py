@@ -255,7 +255,7 @@ def test_clients_draw_their_share(sampler: Sampler[int], size: int) -> None:
 
 def test_a_sampler_that_is_no_permutation_is_named_when_it_draws() -> None:
     clients = split_loader(DataLoader(BIG, sampler=Twice(100)), HALVES)
-    with pytest.raises(ValueError, match=r"Twice draws 99 different ones of 100 samples.*sampler=lambda dataset"):
+    with pytest.raises(ValueError, match=r"Twice draws 99 different samples out of 100.*sampler=lambda dataset"):
         drawn(clients[0])
 
 

@@ -50,7 +50,7 @@ def test_what_can_not_be_replayed_is_refused(folder: str, tmp_path: Path) -> Non
         own.next(Clock(version=1), clients("a", "b"))
     with pytest.raises(ValueError, match="learning-rate schedule"):
         own.check_learning_rates()
-    with pytest.raises(ValueError, match="drew it by itself"):
+    with pytest.raises(ValueError, match="drew its amount of work itself"):
         own.check_work(None, Between(1, 5))
     with pytest.raises(ValueError, match="would be ignored"):
         own.clients_per_round(2)

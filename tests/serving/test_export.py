@@ -140,7 +140,7 @@ class Coin(MLPClassifier):
 
 
 def test_a_file_that_computes_something_else_is_not_kept() -> None:
-    with pytest.raises(ValueError, match="computes something else"):
+    with pytest.raises(ValueError, match=r"outputs of the .* differ from"):
         serving.export(Coin(hidden=[4]), "coin.pt2", "torch", (torch.rand(2, 64),))
     assert list(Path().iterdir()) == []
 
@@ -259,9 +259,9 @@ def test_adapters_merged_and_apart() -> None:
 
 def test_a_model_without_adapters_has_none_to_write_or_merge() -> None:
     module, x = MLPClassifier(hidden=[4]), torch.rand(2, 64)
-    with pytest.raises(ValueError, match="holds no adapters of peft"):
+    with pytest.raises(ValueError, match="contains no peft adapters"):
         serving.export(module, "adapter", "adapter", (x,))
-    with pytest.raises(ValueError, match="holds no adapters of peft"):
+    with pytest.raises(ValueError, match="contains no peft adapters"):
         serving.export(module, "merged.pt2", "torch", (x,), merge_adapters=True)
     assert list(Path().iterdir()) == []
 

@@ -299,7 +299,7 @@ def test_a_new_checkpoint_is_taken_and_an_unsound_one_is_not(
     served.unlink()
     assert not models.refresh()
     assert models.current is kept
-    assert len([record for record in caplog.records if "goes on answering" in record.message]) == 4
+    assert len([record for record in caplog.records if "Still serving round" in record.message]) == 4
 
 
 class Masked(MLPClassifier):
@@ -336,7 +336,7 @@ def test_a_request_id_is_always_answered_by_the_same_model(checkpoint: Path) -> 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--share", "0.5"], "name its checkpoint with --canary"),
+        (["--share", "0.5"], "name the canary's checkpoint with --canary"),
         (["--workers", "0"], "must be at least 1"),
         (["--max-requests", "0"], "must be at least 1"),
         (["--base", "base.pt"], "would be ignored"),

@@ -98,9 +98,9 @@ def test_a_random_graph_follows_from_seed_and_round() -> None:
 
 
 def test_a_graph_that_falls_apart_is_refused() -> None:
-    with pytest.raises(ValueError, match="nothing of node 2 ever reaches node 0"):
+    with pytest.raises(ValueError, match="nothing from node 2 ever reaches node 0"):
         Graph([(0, 1), (2, 3)]).check(4)
-    with pytest.raises(ValueError, match="nothing of node 1 ever reaches node 0"):
+    with pytest.raises(ValueError, match="nothing from node 1 ever reaches node 0"):
         Graph([(0, 1)], directed=True).check(2)
     for topology, size, _ in STOCHASTIC:
         topology.check(size)

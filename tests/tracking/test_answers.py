@@ -38,7 +38,7 @@ def test_every_kind_of_answer_is_drawn_with_its_figures() -> None:
     ]  # fmt: skip
     assert "<td>Frequency(sex)</td><td>all</td><td>228</td><td>1</td><td>138</td>" in shown
     assert "coef 0.0170453, se 0.0092" in shown
-    assert "19 clients have answered by" in shown
+    assert "19 clients answered with" in shown
 
 
 def test_what_is_withheld_is_named_and_not_drawn() -> None:

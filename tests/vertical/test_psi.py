@@ -199,7 +199,7 @@ def test_an_id_that_stands_twice_is_told_to_all() -> None:
 def test_one_party_is_refused() -> None:
     from lightning_fl.communication import LocalGroup
 
-    with pytest.raises(ValueError, match="needs two parties"):
+    with pytest.raises(ValueError, match="needs at least two parties"):
         psi(["a"], LocalGroup())
 
 
@@ -257,7 +257,7 @@ class Boasting(TorchGroup):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [(GreetingBadly, "greeting is not made of"), (Boasting, "all share 2 ids")]
+    ("kind", "message"), [(GreetingBadly, "first message does not consist of"), (Boasting, "reports 2 common ids")]
 )
 def test_fields_that_cannot_be_are_refused(kind: type[TorchGroup], message: str) -> None:
     def check(group: Group) -> str:

@@ -240,7 +240,7 @@ def mismatched(what: str) -> str:
         ("row", "has rows="),
         ("clip", "has gradient_clip_val="),
         ("loader", "aligned_loader"),
-        ("protected clipping by norm", "tell the others the length of its gradients"),
+        ("protected clipping by norm", "reveal the norm of its gradients"),
         ("protected clipping by value", ""),
     ],
 )
@@ -252,7 +252,7 @@ def test_parties_that_do_not_fit_are_refused(run_ranks: Any, what: str, message:
 
 def test_one_party_is_refused() -> None:
     trainer = L.Trainer(strategy=VerticalStrategy(), max_epochs=1, enable_checkpointing=False, **QUIET)
-    with pytest.raises(ValueError, match="two parties or more"):
+    with pytest.raises(ValueError, match="at least two parties"):
         trainer.fit(Part(0, 2, True, "sgd"), loader(data()), loader(data()))
 
 

@@ -1,4 +1,4 @@
-"""Fewer bytes: compressors, error feedback, and the mean of updates that travel compressed."""
+"""Compressors, error feedback, and the mean of compressed updates."""
 
 from lightning_fl.aggregation.compression.casts import Cast, Quantize
 from lightning_fl.aggregation.compression.compress import Compress

@@ -1,4 +1,4 @@
-"""Fewer bits a number: half precision, and 8 or 4 bits."""
+"""Fewer bits per number: half precision, and 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ from lightning_fl.aggregation.compression.compressor import (
 
 @dataclass(frozen=True)
 class Cast(Compressor):
-    """Half precision: 2 bytes a number.
+    """Half precision: 2 bytes per number.
 
-    ``"float16"`` holds numbers up to 65,504; larger ones are cut there.
+    ``"float16"`` holds magnitudes up to 65,504; larger ones are clamped.
 
     Args:
         dtype: ``"bfloat16"`` or ``"float16"``. Default ``"bfloat16"``.
+
+    Raises:
+        ValueError: If ``dtype`` is neither.
     """
 
     is_idempotent: ClassVar[bool] = True
@@ -50,14 +53,17 @@ class Cast(Compressor):
 
 @dataclass(frozen=True)
 class Quantize(Compressor):
-    r"""Whole multiples of a step, rounded at random so that nothing is gained or lost on average.
+    r"""Uniform quantization with stochastic rounding, which is unbiased.
 
     .. math::
         q_j = \Delta \lfloor v_j / \Delta + u_j \rfloor, \qquad \Delta = \frac{\max_j |v_j|}{2^{b - 1} - 1},
         \qquad u_j \sim U[0, 1)
 
     Args:
-        bits: Bits :math:`b` a number, 8 or 4. Default 8.
+        bits: Bits :math:`b` per number, 8 or 4. Default 8.
+
+    Raises:
+        ValueError: If ``bits`` is neither.
     """
 
     is_idempotent: ClassVar[bool] = True
@@ -84,8 +90,8 @@ class Quantize(Compressor):
 
 
 def round_at_random(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Whole numbers beside the values, the upper one with the probability of the fraction; whole ones stay."""
+    """Rounds stochastically: up with a probability of the fractional part, else down; integers are unchanged."""
     nearest = values.round()
     drawn = (values + torch.rand(values.shape, generator=generator, dtype=values.dtype)).floor()
-    # What was decoded differs from a whole number by rounding.
+    # Decoded values differ from integers by rounding errors.
     return torch.where((values - nearest).abs() < 1e-5, nearest, drawn)

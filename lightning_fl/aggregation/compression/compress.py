@@ -1,4 +1,4 @@
-"""Compression as a transform: what the server gets is what a client's bytes decode to."""
+"""Compression as a transform: the server receives the decoded update."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.rows import complete, real_dtype
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
-from lightning_fl.tree import Layout, as_real
+from lightning_fl.tree import Layout, as_real, updated
 from lightning_fl.types import Aggregate, State, Update
 
 
 @dataclass(frozen=True)
 class Compress(Transform):
-    r"""Compresses the change of the parameters, with error feedback: what was not sent is added in the next round.
+    r"""Compresses the change of the parameters, with error feedback: the compression error is added in the next round.
 
     .. math::
         p_i = \Delta_i + e_i, \qquad \text{sent: } C(p_i), \qquad e_i \leftarrow p_i - C(p_i)
 
-    The loggers get ``fl/bytes_per_client``, the bytes of a compressed update; ``fl/num_bytes`` stays what went over the
-    wire. With :class:`RandomK` all clients choose the same coordinates, so that only those enter the sum: ranks, silos
-    and secure aggregation send no others. What other compressors send can't be added up: between silos
-    :class:`CompressedMean` with the same compressor sends the bytes, and in a simulation nothing is saved. Buffers and
-    side channels stay as they are. A client that is refused or lost keeps its residual.
+    The loggers get ``fl/bytes_per_client``, the size of a compressed update; ``fl/num_bytes`` still counts the bytes
+    that were actually sent. With :class:`RandomK` all clients choose the same coordinates, so only those are summed and
+    sent, between ranks and silos and under secure aggregation. The output of other compressors can't be summed: between
+    silos, use :class:`CompressedMean` with the same compressor to send the compressed bytes; in a simulation, no bytes
+    are saved. Buffers and side channels are not compressed. A client that is refused or lost keeps its residual.
 
     Args:
-        compressor: Turns a vector into bytes and back.
+        compressor: Encodes a vector as bytes and decodes it.
         error_feedback: Whether each client keeps the residual :math:`e_i`. Default True.
 
     Raises:
-        ValueError: If it can't be right beside the aggregator or privacy.
+        ValueError: If ``compressor`` is none; if it scales what it sends and ``error_feedback`` is on; when the
+            strategy is built, if it can't be combined with the aggregator or the privacy mechanism.
 
     Reference:
         Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.
@@ -51,11 +52,11 @@ class Compress(Transform):
 
     def __post_init__(self) -> None:
         if not isinstance(self.compressor, Compressor):
-            raise ValueError(f"compressor={self.compressor!r} must be one, such as fl.compression.TopK(0.01).")
+            raise ValueError(f"compressor={self.compressor!r} must be a compressor, such as fl.compression.TopK(0.01).")
         if self.error_feedback and isinstance(self.compressor, RandomK) and self.compressor.scale:
             raise ValueError(
-                "RandomK(scale=True) lengthens what it sends, so that the residual would grow without end. Use "
-                "scale=False, or error_feedback=False."
+                "RandomK(scale=True) lengthens updates, so the residual would grow without bound. Use scale=False, or "
+                "error_feedback=False."
             )
 
     @property
@@ -65,15 +66,15 @@ class Compress(Transform):
 
     @property
     def keeps_norm_bound(self) -> bool:  # type: ignore[override]
-        """Whether no update gets longer: a residual of the last round may lengthen it."""
+        """Whether no update gets longer; the residual of the last round may lengthen it."""
         return self.compressor.shortens and not self.error_feedback
 
     def check(self, later: Sequence[Transform], aggregator: Aggregator, weighting: str) -> None:
         if aggregator.hides_reports and not self.compressor.shares_randomness:
             raise ValueError(
-                f"{type(self.compressor).__name__} sends each client's own selection or scale, which can't be added "
-                f"up under the masks of {type(aggregator).__name__}. Use RandomK, whose coordinates are the same for "
-                "all, or no compression."
+                f"{type(self.compressor).__name__} sends a selection or scale that differs between clients, which "
+                f"can't be summed under the masks of {type(aggregator).__name__}. Use RandomK, whose coordinates are "
+                "the same for all clients, or no compression."
             )
         if self._is_linear:
             refuse_server_data(self, aggregator)
@@ -81,14 +82,14 @@ class Compress(Transform):
             aggregator.compressor != self.compressor or not self.compressor.is_idempotent
         ):
             raise ValueError(
-                f"CompressedMean({aggregator.compressor}) would compress again what Compress({self.compressor}) has "
-                "compressed, with another loss that no residual keeps. Give both the same one of Cast, Quantize, "
-                "TopK or ScaledSign, or leave Compress out."
+                f"CompressedMean({aggregator.compressor}) would compress the output of Compress({self.compressor}) "
+                "again, with an error that error feedback does not correct. Give both the same compressor, one of "
+                "Cast, Quantize, TopK and ScaledSign, or leave Compress out."
             )
 
     @property
     def _is_linear(self) -> bool:
-        """Whether all clients send the same coordinates, which then add up."""
+        """Whether all clients send the same coordinates, which can then be summed."""
         return isinstance(self.compressor, RandomK)
 
     def like(self, update: Update) -> Update:
@@ -105,19 +106,19 @@ class Compress(Transform):
     def start_round(self, state: State, ctx: RoundContext) -> State:
         if not self._is_linear:
             return state
-        # Sent by the server, since a silo on another machine may have another seed of its own.
+        # Sent by the server, since a silo on another machine may have another seed.
         generator = client_generator(ctx.seed, ctx.round, "all", "compression")
         return {**state, "seed": torch.randint(2**62, (), generator=generator)}
 
     def _generator(self, ctx: RoundContext, server: State) -> torch.Generator:
-        """The random numbers of a client in a round, or of all clients."""
+        """The generator of a client in a round, or of all clients if they share their random numbers."""
         if self._is_linear:
             return torch.Generator().manual_seed(int(server["seed"]))
         client = "all" if self.compressor.shares_randomness or ctx.client is None else ctx.client
         return client_generator(ctx.seed, ctx.round, client, "compression")
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
-        # By name, since callbacks freeze and unfreeze layers between rounds: what is new has no residual yet.
+        # By name, since callbacks freeze and unfreeze layers between rounds: a new parameter has no residual yet.
         kept = state.get("residual", {})
         own = {name: tensor + kept[name] if name in kept else tensor for name, tensor in update.delta.items()}
         layout = Layout.of({"delta": own})
@@ -134,7 +135,7 @@ class Compress(Transform):
                 chosen[str(dtype)] = decoded[places.to(decoded.device)]
         next_state: State = {}
         if self.error_feedback:
-            next_state = {"residual": layout.unflatten(complete(residual)).get("delta", {})}
+            next_state = {"residual": updated(kept, layout.unflatten(complete(residual)).get("delta", {}))}
         if self._is_linear:
             return replace(update, delta=chosen), next_state
         changed = layout.unflatten(complete(sent)).get("delta", {})
@@ -161,5 +162,5 @@ class Compress(Transform):
 
 
 def sizes_of(layout: Layout) -> dict[torch.dtype, int]:
-    """How many real numbers a layout has of each dtype."""
+    """The number of real numbers of each dtype in a layout."""
     return {dtype: layout.size(dtype) * (2 if dtype.is_complex else 1) for dtype in layout.dtypes}

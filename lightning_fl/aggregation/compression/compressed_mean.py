@@ -1,4 +1,4 @@
-"""The weighted mean of updates that travel compressed."""
+"""The weighted mean of compressed updates."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Payloads:
     """Accumulator of :class:`CompressedMean`.
 
     Args:
-        rest: The ordinary mean's accumulator of buffers and side channels.
-        layout: Where each parameter stands in the flat vectors.
-        device: Where the sums go.
-        positions: For each of this rank's updates the place of its client in the cohort.
-        weights: Their weights.
-        payloads: Their bytes.
+        rest: The weighted mean's accumulator of buffers and side channels.
+        layout: The position of each parameter in the flat vectors.
+        device: The device of the sums.
+        positions: For each of this rank's updates, the position of its client in the cohort.
+        weights: The updates' weights.
+        payloads: The updates' bytes.
         sums: The sums over all clients, after the merge.
     """
 
@@ -46,25 +46,25 @@ class Payloads:
 
 
 class CompressedMean(Aggregator):
-    r"""The weighted mean of compressed updates: each rank gets the bytes of all, decodes them and adds them up.
+    r"""The weighted mean of compressed updates: each rank receives the bytes of all, decodes and sums them.
 
-    All ranks add in the order of the cohort, so that they hold the same bits. Each rank sends its payload to n - 1
-    others, where an all-reduce sends about twice the model whatever n is. So it pays while there are fewer than
+    All ranks sum in the order of the cohort, so that their results are bitwise equal. Each rank sends its payload to
+    n - 1 others, whereas an all-reduce sends about twice the model for any n. So it saves bytes below
     :math:`8 D / \text{payload}` ranks for D float32 parameters: 4 in half precision, 64 with one bit, 100 with the
-    largest 1 %; beyond, a warning. Buffers and side channels go through the ordinary mean.
+    largest 1 %; with more ranks, there is a warning. Buffers and side channels use the uncompressed mean.
 
-    With :class:`Compress` and the same compressor among the transforms, clients keep what was not sent.
+    For error feedback, add :class:`Compress` with the same compressor to the transforms.
 
     Args:
-        compressor: Turns a vector into bytes and back.
+        compressor: Encodes a vector as bytes and decodes it.
 
     Raises:
-        ValueError: If it is no compressor.
+        ValueError: If ``compressor`` is none.
     """
 
     def __init__(self, compressor: Compressor) -> None:
         if not isinstance(compressor, Compressor):
-            raise ValueError(f"compressor={compressor!r} must be one, such as fl.compression.Cast().")
+            raise ValueError(f"compressor={compressor!r} must be a compressor, such as fl.compression.Cast().")
         self.compressor = compressor
         self._mean = WeightedMean()
 
@@ -77,7 +77,7 @@ class CompressedMean(Aggregator):
         if facts.is_training and facts.silos and group.size > most and group.rank == 0:
             warnings.warn(
                 f"Among {group.size} silos CompressedMean({self.compressor}) sends more than an all-reduce of float32 "
-                f"would: it pays below {most:.0f} silos. Leave it out, or compress more.",
+                f"would: it saves bytes below {most:.0f} silos. Leave it out, or compress more.",
                 stacklevel=2,
             )
 
@@ -88,7 +88,7 @@ class CompressedMean(Aggregator):
     def add(self, acc: Payloads, update: Update, ctx: RoundContext) -> Payloads:
         assert ctx.client is not None
         Layout.check(acc.layout, {"delta": update.delta})
-        # Checked together first: the ordinary mean must not have added what is then refused.
+        # Checked together first: the uncompressed mean must not add part of an update that is then refused.
         acc.rest.layout.check(update_trees(replace(update, delta={})))
         client = "all" if self.compressor.shares_randomness else ctx.client
         parts = []

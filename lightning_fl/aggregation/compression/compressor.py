@@ -1,4 +1,4 @@
-"""The interface of a compressor: a flat vector to bytes and back."""
+"""The interface of a compressor, which encodes a flat vector as bytes."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 from abc import ABC, abstractmethod
@@ -11,18 +11,18 @@ from lightning_fl.aggregation.aggregator import Aggregator
 
 
 class Compressor(ABC):
-    """Turns a flat vector into bytes, whose number depends on its size only, and back."""
+    """Encodes a flat vector as bytes, whose number depends on the vector's size only, and decodes it."""
 
     is_idempotent: ClassVar[bool] = False
-    """Whether what was decoded is encoded and decoded again without further loss."""
+    """Whether encoding and decoding a decoded vector again is lossless."""
     shortens: ClassVar[bool] = False
-    """Whether no decoded vector is longer than the one that was encoded."""
+    """Whether the norm of a decoded vector is at most that of the encoded one."""
     shares_randomness: ClassVar[bool] = False
     """Whether all clients of a round use the same random numbers."""
 
     @abstractmethod
     def num_bytes(self, size: int) -> int:
-        """How many bytes a vector of ``size`` elements takes."""
+        """The number of bytes of an encoded vector of ``size`` elements."""
 
     @abstractmethod
     def encode(self, vector: Tensor, generator: torch.Generator) -> Tensor:
@@ -30,26 +30,26 @@ class Compressor(ABC):
 
         Args:
             vector: A flat vector of real numbers.
-            generator: For whatever is drawn at random.
+            generator: The source of random numbers.
         """
 
     @abstractmethod
     def decode(self, payload: Tensor, size: int) -> Tensor:
-        """The vector of ``size`` elements that bytes stand for, float32 on the CPU.
+        """The decoded vector of ``size`` elements, float32 on the CPU.
 
         Raises:
-            ValueError: If the bytes do not fit.
+            ValueError: If the bytes are not valid.
         """
 
     def check(self, payload: Tensor, size: int) -> None:
-        """Makes sure that bytes from somebody else have the right length.
+        """Checks that bytes from another party have the right length.
 
         Raises:
             ValueError: If they have not.
         """
         if payload.dtype != torch.uint8 or payload.shape != (self.num_bytes(size),):
             raise ValueError(
-                f"{type(self).__name__} got {payload.numel()} bytes of a client for {size} numbers, and expected "
+                f"{type(self).__name__} got {payload.numel()} bytes from a client for {size} numbers; expected "
                 f"{self.num_bytes(size)}. Start all ranks with the same compressor."
             )
 
@@ -60,15 +60,15 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def from_bytes(payload: Tensor, dtype: torch.dtype) -> Tensor:
-    """The tensor whose bytes these are; a copy, because the bytes may not be aligned."""
+    """The tensor with the given bytes; a copy, because the bytes may not be aligned."""
     return payload.clone().view(dtype)
 
 
 def pack_bits(values: Tensor, bits: int) -> Tensor:
-    """Integers below ``2**bits`` side by side in bytes; ``bits`` divides 8.
+    """Packs integers below ``2**bits`` into bytes.
 
     Args:
-        values: ``[n]``.
+        values: The integers, ``[n]``.
         bits: 1, 2, 4 or 8.
     """
     per_byte = 8 // bits
@@ -79,24 +79,24 @@ def pack_bits(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bits(payload: Tensor, bits: int, size: int) -> Tensor:
-    """The first ``size`` integers of :func:`pack_bits`, int32."""
+    """Unpacks the first ``size`` integers of :func:`pack_bits`, as int32."""
     shifts = torch.arange(8 // bits, dtype=torch.int32) * bits
     return ((payload.to(torch.int32)[:, None] >> shifts) & ((1 << bits) - 1)).reshape(-1)[:size]
 
 
 def packed_size(size: int, bits: int) -> int:
-    """How many bytes :func:`pack_bits` gives."""
+    """The number of bytes that :func:`pack_bits` returns."""
     return -(-size * bits // 8)
 
 
 def refuse_server_data(transform: Any, aggregator: Aggregator) -> None:
-    """Refuses an aggregator that tries or compares whole models, where clients send parts of them.
+    """Refuses an aggregator that evaluates or compares whole models if clients send parts of them.
 
     Raises:
-        ValueError: If it does.
+        ValueError: If the aggregator does.
     """
     if aggregator.needs_server:
         raise ValueError(
-            f"{aggregator!r} looks at whole models, but with {transform!r} clients send parts. Leave one of them out, "
-            "or take a compressor such as fl.compression.TopK."
+            f"{aggregator!r} needs whole models, but with {transform!r} clients send parts. Leave one of them out, or "
+            "use a compressor such as fl.compression.TopK."
         )

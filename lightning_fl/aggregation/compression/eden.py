@@ -1,4 +1,4 @@
-"""EDEN: a random rotation, then the best few values for normal numbers."""
+"""EDEN: a random rotation, then an optimal quantizer for normally distributed numbers."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ from lightning_fl.aggregation.compression.compressor import (
 
 @dataclass(frozen=True)
 class EDEN(Compressor):
-    r"""EDEN: quantization to 1, 2 or 4 bits after a random rotation, unbiased but in few dimensions.
+    r"""EDEN: quantization to 1, 2 or 4 bits after a random rotation; unbiased, except in few dimensions.
 
-    The rotated numbers :math:`r = R v` are nearly normal, so each is replaced by the nearest of :math:`2^b` values
-    that are best for a normal distribution (Lloyd and Max), :math:`q(r)`. The scale makes the result unbiased:
+    The rotated numbers :math:`r = R v` are nearly normal. Each is replaced by :math:`q(r)`, the nearest of the
+    :math:`2^b` values that are optimal for a normal distribution (Lloyd-Max). The scale makes the result unbiased:
 
     .. math::
         \hat v = \frac{\lVert v \rVert^2}{\langle r, q(r) \rangle} R^{-1} q(r)
 
     Args:
-        bits: Bits :math:`b` a number: 1, 2 or 4. Default 1.
+        bits: Bits :math:`b` per number: 1, 2 or 4. Default 1.
+
+    Raises:
+        ValueError: If ``bits`` is none of these.
 
     Reference:
         Vargaftik et al., "EDEN: Communication-Efficient and Robust Distributed Mean Estimation", ICML 2022.
@@ -91,12 +94,12 @@ def hadamard(vector: Tensor) -> Tensor:
 
 @lru_cache
 def lloyd_max(bits: int) -> Tensor:
-    """The ``2**bits`` values that represent a standard normal number with the least squared error, ascending."""
+    """The ``2**bits`` values that quantize a standard normal variable with the least squared error, ascending."""
     normal, half = NormalDist(), 1 << (bits - 1)
     values = [(place + 0.5) / half * 2 for place in range(half)]
     for _ in range(5000):
         edges = [0.0, *((a + b) / 2 for a, b in pairwise(values)), math.inf]
-        # The mean of a normal number between two edges.
+        # The mean of a standard normal variable between two edges.
         values = [
             (normal.pdf(a) - (0.0 if b == math.inf else normal.pdf(b)))
             / ((1.0 if b == math.inf else normal.cdf(b)) - normal.cdf(a))

@@ -1,4 +1,4 @@
-"""Low-rank updates that add up: products with a basis that all clients share."""
+"""Low-rank updates that can be summed: products with a basis that all clients share."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.compression.compressed_mean import CompressedMean
 from lightning_fl.aggregation.compression.compressor import refuse_server_data
+from lightning_fl.aggregation.compression.powersgd import sides
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
+from lightning_fl.tree import updated
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 @dataclass(frozen=True)
 class LowRank(Transform):
-    r"""Low rank through the all-reduce: clients send products of each matrix with a basis that is the same for all.
+    r"""Low-rank updates that can be all-reduced: clients send the product of each matrix with a common basis.
 
     .. math::
         P_t = \operatorname{orth}\Bigl(\sum_i w_i M_i Q_{t-1}\Bigr), \qquad
         Q_{t+1} = \operatorname{orth}\Bigl(\sum_i w_i M_i^\top P_t\Bigr)
 
-    In one round each client sends :math:`M_i Q`, of which the server makes :math:`\sum_i w_i M_i Q Q^\top`; in the next
-    :math:`M_i^\top P`. The rounds alternate, each half a step of the power iteration of :class:`PowerSGD`, whose two
-    products in one round would need each client twice. Products are linear, so they add up in an all-reduce and
-    under masks; a rank sends :math:`r \max(a, b)` numbers for a matrix of a x b. With error feedback each client keeps
-    what was not sent. Tensors with more than two dimensions are matrices by their first; vectors are sent whole.
+    In one round each client sends :math:`M_i Q`, from which the server computes :math:`\sum_i w_i M_i Q Q^\top`; in the
+    next it sends :math:`M_i^\top P`. Each round is half a step of :class:`PowerSGD`'s power iteration; both halves in
+    one round would need two exchanges with each client. The products are linear in the update, so they can be summed in
+    an all-reduce and under the masks of secure aggregation; a rank sends :math:`r \max(a, b)` numbers for a matrix of
+    a x b. With error feedback each client keeps the compression error. A tensor with more than two dimensions is
+    flattened to a matrix that keeps its first dimension; vectors are sent uncompressed.
 
     Args:
         rank: The rank :math:`r`. Default 1.
-        error_feedback: Whether each client keeps what was not sent. Default True.
+        error_feedback: Whether each client keeps the compression error for the next round. Default True.
 
     Raises:
-        ValueError: If ``rank`` is less than 1, or the aggregator compresses by itself or tries whole models.
+        ValueError: If ``rank`` is less than 1; when the strategy is built, if the aggregator compresses updates itself
+            or evaluates whole models.
 
     Reference:
         Zhang et al., "Evaluation and Optimization of Gradient Compression for Distributed Deep Learning" (ACP-SGD),
@@ -61,14 +65,14 @@ class LowRank(Transform):
         refuse_server_data(self, aggregator)
         if isinstance(aggregator, CompressedMean):
             raise ValueError(
-                "CompressedMean would compress LowRank's products once more, with a loss that no residual keeps. Leave "
-                "one of them out."
+                "CompressedMean would compress LowRank's products again, with an error that error feedback does not "
+                "correct. Leave one of them out."
             )
 
     def like(self, update: Update) -> Update:
-        # As many rows as the longer side has, since the two sides take turns.
+        # As many rows as the longer side has, since rounds alternate between the two sides.
         delta = {
-            name: tensor.new_zeros(max(_sides(tensor)), self.rank) if self._is_matrix(tensor) else tensor
+            name: tensor.new_zeros(max(sides(tensor)), self.rank) if self._is_matrix(tensor) else tensor
             for name, tensor in update.delta.items()
         }
         return replace(update, delta=delta)
@@ -76,17 +80,17 @@ class LowRank(Transform):
     def start_round(self, state: State, ctx: RoundContext) -> State:
         assert ctx.template is not None
         matrices = {name: tensor for name, tensor in ctx.template.delta.items() if self._is_matrix(tensor)}
-        side = "left" if "left" in state else "right"
-        known, bases = state.get(side, {}), {}
+        # By name, since tensors need not travel in each round: each takes turns with its two sides by itself.
+        bases: dict[str, Tree] = {side: dict(state.get(side, {})) for side in ("left", "right")}
         for name, tensor in matrices.items():
-            size = _sides(tensor)[side == "right"]
-            if name in known and known[name].shape == (size, self.rank):
-                bases[name] = known[name]
+            side = "left" if name in bases["left"] else "right"
+            size = sides(tensor)[side == "right"]
+            if name in bases[side] and bases[side][name].shape == (size, self.rank):
                 continue
             generator = client_generator(ctx.seed, ctx.round, "all", f"low rank {name}")
             drawn = torch.randn(size, self.rank, generator=generator, dtype=torch.float64)
-            bases[name] = torch.linalg.qr(drawn).Q.to(tensor)
-        return {side: bases, **({"bytes": state["bytes"]} if "bytes" in state else {})}
+            bases[side][name] = torch.linalg.qr(drawn).Q.to(tensor)
+        return {**state, **bases}
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         sent: Tree = {}
@@ -101,44 +105,39 @@ class LowRank(Transform):
             product = (matrix if is_right else matrix.t()) @ basis.to(matrix)
             residual[name] = own - _dense(product, basis, is_right).reshape(own.shape)
             sent[name] = torch.nn.functional.pad(product, (0, 0, 0, max(matrix.shape) - len(product)))
-        return replace(update, delta=sent), {"residual": residual} if self.error_feedback else {}
+        return replace(update, delta=sent), {"residual": updated(kept, residual)} if self.error_feedback else {}
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         assert ctx.template is not None
         found: Tree = {}
-        following: Tree = {}
-        other = "right" if "left" in state else "left"
+        bases: dict[str, Tree] = {side: dict(state.get(side, {})) for side in ("left", "right")}
         for name, template in ctx.template.delta.items():
             tensor = aggregate.delta[name]
             if not self._is_matrix(template):
                 found[name] = tensor
                 continue
             basis, is_right = _basis(state, name)
-            product = tensor[: _sides(template)[not is_right]]
+            product = tensor[: sides(template)[not is_right]]
             found[name] = _dense(product, basis, is_right).reshape(template.shape)
-            following[name] = torch.linalg.qr(product).Q
+            bases["right" if is_right else "left"].pop(name)
+            bases["left" if is_right else "right"][name] = torch.linalg.qr(product).Q
         numbers = sum(tensor.numel() for tensor in aggregate.delta.values())
         size = torch.tensor(4 * numbers, dtype=torch.int64)
-        # A round without clients says nothing of where updates point.
-        kept = {other: following} if aggregate.weight else {key: state[key] for key in state if key != "bytes"}
+        # A round without clients has no information about the updates' directions.
+        kept = bases if aggregate.weight else state
         return replace(aggregate, delta=found), {**kept, "bytes": size}
 
     def report(self, state: State, ctx: RoundContext) -> Mapping[str, float | str]:
         return {"bytes_per_client": float(state["bytes"])}
 
     def _is_matrix(self, tensor: Tensor) -> bool:
-        """Whether a low rank saves anything."""
-        return tensor.dim() > 1 and tensor.is_floating_point() and self.rank * max(_sides(tensor)) < tensor.numel()
-
-
-def _sides(tensor: Tensor) -> tuple[int, int]:
-    """Rows and columns of a tensor as a matrix."""
-    return len(tensor), tensor.numel() // max(1, len(tensor))
+        """Whether a low-rank product is smaller than the tensor."""
+        return tensor.dim() > 1 and tensor.is_floating_point() and self.rank * max(sides(tensor)) < tensor.numel()
 
 
 def _basis(state: State, name: str) -> tuple[Tensor, bool]:
-    """The basis of the round, and whether it stands on the right of the matrix."""
-    is_right = "right" in state
+    """The round's basis, and whether it is multiplied from the right."""
+    is_right = name in state.get("right", {})
     return state["right" if is_right else "left"][name], is_right
 
 

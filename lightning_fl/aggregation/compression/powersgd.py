@@ -11,20 +11,21 @@ from torch import Tensor
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
+from lightning_fl.tree import updated
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
 @dataclass(frozen=True)
 class PowerSGD(Transform):
-    r"""PowerSGD: each matrix of an update becomes one of rank :math:`r`, by a step of the power iteration.
+    r"""PowerSGD: approximates each matrix of an update by one of rank :math:`r`, with one step of power iteration.
 
     .. math::
         P = \operatorname{orth}(M Q), \qquad Q \leftarrow M^\top P, \qquad \text{sent: } P Q^\top
 
-    Each client keeps its :math:`Q` as the next round's start, and what was not sent (error feedback). Tensors with
-    more than two dimensions are matrices by their first; vectors are sent whole. The loggers get
-    ``fl/bytes_per_client``. Each client has its own :math:`P`, unlike in DDP, where all workers add theirs up between
-    the two steps.
+    Each client keeps its :math:`Q` as the start of the next round, and the compression error (error feedback). A tensor
+    with more than two dimensions is flattened to a matrix that keeps its first dimension; vectors are sent
+    uncompressed. The loggers get ``fl/bytes_per_client``. Each client has its own :math:`P`, unlike in DDP, where all
+    workers average theirs between the two steps.
 
     Args:
         rank: The rank :math:`r`. Default 1.
@@ -61,11 +62,11 @@ class PowerSGD(Transform):
             p, start[name] = power_step(matrix, q)
             sent[name] = (p @ start[name].t()).reshape(own.shape)
             residual[name] = own - sent[name]
-        return replace(update, delta=sent), {"residual": residual, "start": start}
+        return replace(update, delta=sent), updated(state, {"residual": residual, "start": start})
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         numbers = sum(
-            self.rank * (len(tensor) + tensor[0].numel()) if self._is_matrix(tensor) else tensor.numel()
+            self.rank * sum(sides(tensor)) if self._is_matrix(tensor) else tensor.numel()
             for tensor in aggregate.delta.values()
         )
         return aggregate, {"bytes": torch.tensor(4 * numbers, dtype=torch.int64)}
@@ -74,12 +75,17 @@ class PowerSGD(Transform):
         return {"bytes_per_client": float(state["bytes"])}
 
     def _is_matrix(self, tensor: Tensor) -> bool:
-        """Whether a low rank saves anything."""
-        return tensor.dim() > 1 and self.rank * (len(tensor) + tensor[0].numel()) < tensor.numel()
+        """Whether a low-rank product is smaller than the tensor."""
+        return tensor.dim() > 1 and self.rank * sum(sides(tensor)) < tensor.numel()
+
+
+def sides(tensor: Tensor) -> tuple[int, int]:
+    """Number of rows and columns of a tensor flattened to a matrix."""
+    return len(tensor), tensor.numel() // max(1, len(tensor))
 
 
 def power_step(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """``P`` with orthonormal columns and the next ``Q``, whose product ``P @ Q.T`` approximates the matrix.
+    """``P`` with orthonormal columns and the new ``Q``; ``P @ Q.T`` approximates the matrix.
 
     Args:
         matrix: ``[a, b]``.

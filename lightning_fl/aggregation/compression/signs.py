@@ -1,4 +1,4 @@
-"""One length and few bits a number: the scaled sign, and QSGD."""
+"""One scale and few bits per number: the scaled sign, and QSGD."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from lightning_fl.aggregation.compression.compressor import (
 
 @dataclass(frozen=True)
 class ScaledSign(Compressor):
-    r"""The signs, times the mean magnitude: 1 bit a number. The sign of 0 is plus.
+    r"""The signs times the mean magnitude: 1 bit per number. The sign of 0 is plus.
 
     .. math::
         q_j = \operatorname{sign}(v_j) \, \lVert v \rVert_1 / d
 
-    It needs error feedback.
+    It is biased, so it needs error feedback.
 
     Reference:
         Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.
@@ -50,14 +50,17 @@ class ScaledSign(Compressor):
 
 @dataclass(frozen=True)
 class QSGD(Compressor):
-    r"""QSGD: the norm, and for each number its sign and a level from 0 to :math:`s`, drawn without bias.
+    r"""QSGD: the norm, and for each number its sign and a level from 0 to :math:`s`, rounded without bias.
 
     .. math::
         q_j = \lVert v \rVert_2 \operatorname{sign}(v_j) \, l_j / s, \qquad \mathbb{E} \, l_j = s |v_j| / \lVert v
         \rVert_2
 
     Args:
-        levels: Levels :math:`s`, from 1 to 127. Up to 7 take 4 bits a number, more take 8. Default 7.
+        levels: Levels :math:`s`, from 1 to 127. Up to 7 take 4 bits per number, more take 8. Default 7.
+
+    Raises:
+        ValueError: If ``levels`` is out of range.
 
     Reference:
         Alistarh et al., "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", NeurIPS 2017.
@@ -71,7 +74,7 @@ class QSGD(Compressor):
 
     @property
     def bits(self) -> int:
-        """Bits a number takes."""
+        """Bits per number."""
         return 4 if self.levels <= 7 else 8
 
     def num_bytes(self, size: int) -> int:

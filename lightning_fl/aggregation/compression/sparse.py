@@ -1,4 +1,4 @@
-"""A few of the coordinates: the largest, or a random choice."""
+"""Sparsification: the largest coordinates, or a random choice."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from lightning_fl.aggregation.compression.compressor import Compressor, as_bytes
 
 
 def count(share: float, size: int) -> int:
-    """How many of ``size`` coordinates a share is, at least one."""
+    """The number of coordinates in a share of ``size``, at least one."""
     return min(size, max(1, math.ceil(share * size - 1e-9)))
 
 
 def check_share(share: float) -> None:
-    """Makes sure that a share is one.
+    """Checks that a share is in range.
 
     Raises:
         ValueError: If it is not in (0, 1].
     """
     if not 0 < share <= 1:
-        raise ValueError(f"share={share} must be in (0, 1]: the share of the coordinates that is sent.")
+        raise ValueError(f"share={share} must be in (0, 1]; it is the share of the coordinates that is sent.")
 
 
 @dataclass(frozen=True)
 class TopK(Compressor):
-    """The largest coordinates, by magnitude, with their places: 8 bytes each.
+    """The coordinates of the largest magnitude, with their indices: 8 bytes each.
 
-    Of equal ones the first count. It needs error feedback, or what is small in each round is never sent.
+    Ties go to the lower index. It needs error feedback; otherwise a coordinate that is small in every round is never
+    sent.
 
     Args:
-        share: Share of the coordinates that is sent. Default 0.01.
+        share: Share of the coordinates that is sent, in (0, 1]. Default 0.01.
+
+    Raises:
+        ValueError: If ``share`` is out of range.
 
     Reference:
         Aji and Heafield, "Sparse Communication for Distributed Gradient Descent", EMNLP 2017.
@@ -60,7 +64,7 @@ class TopK(Compressor):
         self.check(payload, size)
         places = from_bytes(payload[: len(payload) // 2], torch.int32).long()
         if len(places) and not (int(places.min()) >= 0 and int(places.max()) < size):
-            raise ValueError(f"TopK got places outside of 0 to {size - 1} from a client: its bytes are damaged.")
+            raise ValueError(f"TopK got indices outside of 0 to {size - 1} from a client: its bytes are corrupt.")
         return torch.zeros(size).index_put((places,), from_bytes(payload[len(payload) // 2 :], torch.float32))
 
 
@@ -69,9 +73,12 @@ class RandomK(Compressor):
     """A random choice of coordinates, the same for all clients of a round: 4 bytes each, and a seed.
 
     Args:
-        share: Share of the coordinates that is sent. Default 0.01.
-        scale: Whether to multiply them by ``1 / share``, so that the expectation is the vector. Not with error
-            feedback, which sends the rest later. Default False.
+        share: Share of the coordinates that is sent, in (0, 1]. Default 0.01.
+        scale: Whether to multiply them by ``1 / share``, which makes the result unbiased. Not with error feedback,
+            which sends the rest later. Default False.
+
+    Raises:
+        ValueError: If ``share`` is out of range.
 
     Reference:
         Stich et al., "Sparsified SGD with Memory", NeurIPS 2018.
@@ -100,7 +107,7 @@ class RandomK(Compressor):
         return torch.zeros(size).index_put((places,), from_bytes(payload[8:], torch.float32))
 
     def places(self, size: int, generator: torch.Generator) -> Tensor:
-        """The coordinates of a vector that :meth:`encode` takes with the same generator."""
+        """The coordinates that :meth:`encode` selects with the same generator."""
         return self._places(int(torch.randint(2**62, (1,), generator=generator)), size)
 
     def _places(self, seed: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Robust rules: aggregates that a few attackers cannot move wherever they like."""
+"""Robust aggregation rules: a few attackers can't move the result arbitrarily."""
 
 from lightning_fl.aggregation.robust.bulyan import Bulyan
 from lightning_fl.aggregation.robust.centered_clipping import CenteredClipping

@@ -18,9 +18,9 @@ from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator
 class Bulyan(CoordinateRule):
     r"""Bulyan: the mean around the median of the updates that Krum selects.
 
-    Krum picks :math:`\theta = n - 2f` updates, one after the other and each among those that are left. Then, in each
-    coordinate, the mean of the :math:`\theta - 2f` values closest to their median is taken. The number of neighbours
-    falls with the updates that are left, and is at least one. Weights are ignored.
+    Krum picks :math:`\theta = n - 2f` updates, one after another, each among the remaining ones. The result is, in each
+    coordinate, the mean of the :math:`\theta - 2f` values closest to their median. Krum's number of neighbours
+    decreases with the number of remaining updates, and is at least one. Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
@@ -44,7 +44,7 @@ class Bulyan(CoordinateRule):
         left, distances = list(range(len(gram))), gram.squared_distances
         chosen = []
         for _ in range(len(gram) - 2 * num_attackers):
-            # The last row that is left has nobody to be compared with.
+            # The last remaining row has none to be compared with.
             place = int(lowest(krum_scores(distances[left][:, left], num_attackers), 1)) if len(left) > 1 else 0
             chosen.append(left.pop(place))
         return selection(chosen, len(gram))

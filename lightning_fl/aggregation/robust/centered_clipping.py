@@ -12,31 +12,31 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram
 from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
-from lightning_fl.tree import Flat
+from lightning_fl.tree import Flat, updated
 from lightning_fl.types import ClientId, State
 
 
 @dataclass(frozen=True)
 class CenteredClipping(GramRule):
-    r"""Centered clipping: steps towards the updates, each of which pulls no further than :math:`\tau`.
+    r"""Centered clipping: averages the updates, each clipped to a distance of :math:`\tau` from the last result.
 
     .. math::
         v \leftarrow v + \frac{1}{n} \sum_i (u_i - v) \min\Bigl(1, \frac{\tau}{\lVert u_i - v \rVert}\Bigr)
 
-    It starts from the last round's result, so that a small radius is enough once the updates are found; from zero in
-    the first round. An attacker moves the model by at most :math:`\tau / n` a step, but in every round: a patient
-    backdoor gets through. Weights are ignored.
+    :math:`v` starts at the last round's result (in the first round at zero), so that a small radius suffices once
+    :math:`v` is close to the updates. An attacker moves the model by at most :math:`\tau / n` per step, but in every
+    round: a patient backdoor attack succeeds. Weights are ignored.
 
     Args:
-        tau: The radius :math:`\tau` of the clipping. Default 1.
-        iterations: Steps. Default 3.
+        tau: The clipping radius :math:`\tau`, in units of the parameters. Default 1.
+        iterations: Number of steps. Default 3.
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
         before: Pre-aggregators, which mix the updates first.
         memory: Whether to start from the last round's result. False: from zero in each round. Default True.
 
     Raises:
-        ValueError: If ``tau`` is not positive; before training, if a round has no more than twice as many clients as
-            attackers.
+        ValueError: If ``tau`` or ``iterations`` is not positive; before training, if a round has no more than twice as
+            many clients as attackers.
 
     Reference:
         Karimireddy et al., "Learning from History for Byzantine Robust Optimization", ICML 2021.
@@ -57,7 +57,7 @@ class CenteredClipping(GramRule):
         return rows.of_trees([ctx.memory["centre"]]) if ctx.memory else {}
 
     def keep(self, rows: RoundRows, flat: Flat, clients: Sequence[ClientId], ctx: RoundContext) -> State:
-        return {"centre": rows.rows.layout.unflatten(complete(flat))} if self.memory else {}
+        return updated(ctx.memory, {"centre": rows.rows.layout.unflatten(complete(flat))}) if self.memory else {}
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
         products, n = gram.products, gram.num_updates

@@ -1,4 +1,4 @@
-"""Divide and conquer: outliers by the direction in which the updates differ most."""
+"""Divide and conquer: finds outliers along the direction in which the updates differ most."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
 
 @dataclass(frozen=True)
 class DnC(GramRule):
-    r"""Divide and conquer: the mean without the :math:`f` updates that lie furthest along the top singular vector.
+    r"""Divide and conquer: the mean without the :math:`f` updates that lie furthest out along the top singular vector.
 
     .. math::
         s_i = \langle u_i - \bar u, v \rangle^2, \qquad v = \arg\max_{\lVert v \rVert = 1}
         \sum_i \langle u_i - \bar u, v \rangle^2
 
-    All coordinates enter at once, which the Gram matrix makes as cheap as the paper's random subsets of them. Weights
-    are ignored.
+    It uses all coordinates at once; the Gram matrix makes this as cheap as the paper's random subsets of coordinates.
+    Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
@@ -42,6 +42,6 @@ class DnC(GramRule):
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
         n = len(gram)
         centre = torch.eye(n, dtype=torch.float64) - 1 / n
-        # An eigenvector of the centred Gram matrix holds the rows' places along a singular vector, up to its length.
+        # The eigenvectors of the centred Gram matrix are the rows' projections on the singular vectors, up to scale.
         along = torch.linalg.eigh(centre @ gram.relative @ centre).eigenvectors[:, -1]
         return mean_of(lowest(along.square(), n - num_attackers), n)

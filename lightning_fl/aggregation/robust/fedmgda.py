@@ -1,4 +1,4 @@
-"""FedMGDA+: the common direction in which no client loses."""
+"""FedMGDA+: a common descent direction for all clients."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ STEPS = 1000
 
 @dataclass(frozen=True)
 class FedMGDA(GramRule):
-    r"""FedMGDA+: the shortest mixture of the clients' directions, along which every client's loss falls.
+    r"""FedMGDA+: the shortest convex combination of the clients' directions, along which every client's loss decreases.
 
     .. math::
         x \leftarrow x + \eta \sum_i \lambda_i \frac{u_i}{\lVert u_i \rVert}, \qquad
         \lambda = \arg\min_{\lambda \in \Delta, \; |\lambda_i - 1/n| \le \epsilon}
         \Big\lVert \sum_i \lambda_i \frac{u_i}{\lVert u_i \rVert} \Big\rVert^2
 
-    All directions count alike, however long the updates are, so that the step's length is :math:`\eta` at most: choose
-    it by the length of the updates. The mean of the clients is :math:`\epsilon = 0`, up to that normalisation. A client
-    whose update is zero is content and has no direction. Weights are ignored.
+    Updates are normalised, so the step has a length of at most :math:`\eta`: choose it by the norms of the updates.
+    :math:`\epsilon = 0` is the mean of the normalised updates. An update of zero has no direction and no effect.
+    Weights are ignored.
 
     Args:
-        epsilon: How far a share may be from equal, :math:`\epsilon` in [0, 1]. Default 0.1; 1 is MGDA.
-        step: The length :math:`\eta`. None: the median of the updates' norms.
-        num_attackers: Clients of a round that may be attackers, for the number of clients that it needs. Default 0: the
-            rule bounds an attacker's share by :math:`1/n + \epsilon` and does no more against it.
+        epsilon: Largest deviation :math:`\epsilon` of a client's share from :math:`1/n`, in [0, 1]. Default 0.1; 1 is
+            MGDA.
+        step: The step length :math:`\eta`. Default None: the median of the updates' norms.
+        num_attackers: Number of attackers in a round, which only sets how many clients a round needs. Default 0: the
+            rule bounds an attacker's share by :math:`1/n + \epsilon` and offers no other protection.
         before: Pre-aggregators, which mix the updates first.
 
     Raises:
@@ -46,7 +47,7 @@ class FedMGDA(GramRule):
     step: float | None = None
     num_attackers: int | float = 0
     before: Sequence[PreAggregator] = ()
-    why = "others stand for its direction"
+    why = "its direction got no weight"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,13 +64,13 @@ class FedMGDA(GramRule):
 
 
 def shortest_mixture(products: Tensor, epsilon: float = 1.0) -> Tensor:
-    r"""The shares :math:`\lambda`, ``[n]``, of the shortest vector among the mixtures of rows with these products.
+    r"""The coefficients :math:`\lambda`, ``[n]``, of the shortest convex combination of rows.
 
-    By accelerated projected gradient descent.
+    Computed from the rows' inner products by accelerated projected gradient descent.
 
     Args:
         products: Inner products of the rows, float64 ``[n, n]``.
-        epsilon: How far a share may be from 1/n.
+        epsilon: Largest deviation of a coefficient from 1/n.
     """
     n = len(products)
     low, high = max(0.0, 1 / n - epsilon), min(1.0, 1 / n + epsilon)
@@ -78,7 +79,7 @@ def shortest_mixture(products: Tensor, epsilon: float = 1.0) -> Tensor:
     momentum = 1.0
     for _ in range(STEPS):
         found = _onto_box(ahead - step * (products @ ahead), low, high)
-        # Momentum that leads uphill is given up.
+        # Restart the momentum if it leads uphill.
         if float((ahead - found) @ (found - shares)) > 0:
             momentum = 1.0
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
@@ -91,7 +92,8 @@ def shortest_mixture(products: Tensor, epsilon: float = 1.0) -> Tensor:
 
 def _onto_box(values: Tensor, low: float, high: float) -> Tensor:
     """The nearest point whose elements are in [low, high] and add up to 1."""
-    # What all elements are lowered by: their sum falls with it, linearly between the points where one meets a bound.
+    # Solves for the shift that is subtracted from all elements: between the points where an element meets a bound, the
+    # sum decreases linearly with the shift.
     bends = torch.cat([values - low, values - high]).sort().values
     sums = (values - bends[:, None]).clamp(low, high).sum(1)
     place = int((sums >= 1).sum().clamp(1, len(bends) - 1))

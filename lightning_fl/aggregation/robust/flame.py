@@ -16,11 +16,11 @@ from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
 
 @dataclass(frozen=True)
 class FLAME(GramRule):
-    r"""FLAME: the mean over the cluster of more than half of the updates, each shortened to the median norm.
+    r"""FLAME: the mean over the cluster of more than half of the updates, each clipped to the median norm.
 
-    Updates are joined in the order of their cosine distances; the first group that holds more than half of them is the
-    cluster. That is what HDBSCAN finds with this smallest cluster size and ``min_samples=1``, as the paper has it. The
-    paper's noise is left out: for a privacy guarantee see ``fl.privacy.ClientLevelDP``. Weights are ignored.
+    Updates are merged in the order of their cosine distances; the first cluster with more than half of them is used.
+    This is what HDBSCAN finds with that minimum cluster size and ``min_samples=1``, the paper's settings. The paper's
+    noise is left out: for a privacy guarantee see ``fl.privacy.ClientLevelDP``. Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
@@ -43,7 +43,7 @@ class FLAME(GramRule):
 
 
 def majority(distances: Tensor) -> Tensor:
-    """The first group that holds more than half of the points when the nearest are joined first, as a mask ``[n]``."""
+    """The first cluster of more than half of the points in single-linkage clustering, as a mask ``[n]``."""
     n = len(distances)
     groups = torch.arange(n)
     first, second = torch.triu_indices(n, n, 1)

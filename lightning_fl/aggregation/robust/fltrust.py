@@ -1,4 +1,4 @@
-"""FLTrust: trust by direction, relative to an update that the server trusts."""
+"""FLTrust: weights updates by their cosine to an update that the server trusts."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True, repr=False)
 class FLTrust(GramRule):
-    r"""FLTrust: updates count by the cosine to the update :math:`u_0` of a root client, at its length.
+    r"""FLTrust: updates are scaled to the norm of a root update :math:`u_0` and weighted by their cosine to it.
 
     .. math::
         t_i = \max\Bigl(0, \frac{\langle u_i, u_0 \rangle}{\lVert u_i \rVert \lVert u_0 \rVert}\Bigr), \qquad
         x \leftarrow x + \frac{1}{\sum_i t_i} \sum_i t_i \frac{\lVert u_0 \rVert}{\lVert u_i \rVert} u_i
 
-    The root is a small clean data set of whoever runs the federation. In a simulation the server itself trains on it in
-    each round, on the first rank, as long as the client with the most work; among silos it belongs to a root client,
-    which trains as the others do. Either adds nothing to the model by itself. If nobody is trusted, the model stays as
-    it is. Weights are ignored.
+    The root data set is a small clean data set of the federation's operator. In a simulation the server itself trains
+    on it in each round, on the first rank, for as many steps as the client with the most work; among silos it belongs
+    to a root client, which trains like the others. The root update itself is not added to the model. If no client is
+    trusted, the model is unchanged. Weights are ignored.
 
     Args:
-        root: The root: a DataLoader; a data set, read in shuffled batches of 32; or the id of the root client, which
-            has to take part in every round.
+        root: The root data: a DataLoader; a data set, read in shuffled batches of 32; or the id of the root client,
+            which has to take part in every round.
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
 
     Raises:
-        ValueError: If the root is none of these; in a round without the root client; before training, with data of the
-            server among silos.
+        ValueError: If ``root`` is none of these; in a round without the root client; before training, if the server has
+            data among silos.
 
     Reference:
         Cao et al., "FLTrust: Byzantine-robust Federated Learning via Trust Bootstrapping", NDSS 2021.
@@ -77,14 +77,14 @@ class FLTrust(GramRule):
             return fltrust(gram, gram.num_updates)[None]
         if self.root not in gram.clients:
             raise ValueError(
-                f"Round {ctx.round} lacks the update of the root client {self.root!r}, by which FLTrust measures the "
-                "others. Let all clients take part (clients_per_round=None), or name one that does."
+                f"Round {ctx.round} lacks the update of the root client {self.root!r}, to which FLTrust compares the "
+                "others. Let all clients take part (clients_per_round=None), or name one that takes part."
             )
         return fltrust(gram, list[Any](gram.clients).index(self.root))[None]
 
 
 def fltrust(gram: Gram, root: int) -> Tensor:
-    """The coefficients of FLTrust with the row ``root`` as the root client's, ``[n]``."""
+    """The coefficients of FLTrust, ``[n]``, where ``root`` is the index of the root update."""
     norms = gram.norms
     trust = gram.cosines[root].clamp(min=0)
     trust[root] = 0.0

@@ -1,4 +1,4 @@
-"""FoolsGold: clients that are too similar count less."""
+"""FoolsGold: reduces the weight of clients whose updates are too similar."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram, cosines_of
 from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
-from lightning_fl.tree import Flat, clone
+from lightning_fl.tree import Flat, clone, updated
 from lightning_fl.types import ClientId, State
 
 
 @dataclass(frozen=True)
 class FoolsGold(GramRule):
-    r"""FoolsGold: a mean in which a client counts the less, the more similar another client's update is to its own.
+    r"""FoolsGold: a mean that gives a client the less weight, the more similar another client's update is to its own.
 
-    With the cosines :math:`\kappa_{ij}`, lowered for whoever is more like others than its neighbour is, the weight is
-    :math:`1 - \max_j \kappa_{ij}`, stretched by a logit to [0, 1]. It is meant for many sybils with one aim;
-    attackers that differ from each other win. Cosines are those of the sums of a client's updates over the rounds, in
-    which a common aim shows through the noise of a single one. These sums take the memory of one model for each
-    client that has taken part, on each rank. If all are the same, it is the mean. Weights are ignored.
+    A client's weight is :math:`1 - \max_j \kappa_{ij}`, mapped by a logit to [0, 1]. The cosines :math:`\kappa_{ij}`
+    are reduced where j has a larger maximum similarity than i, so that honest clients that resemble a sybil keep their
+    weight. The rule is meant for many sybils with a common aim; it does not stop attackers whose updates differ. The
+    cosines are those of each client's updates summed over the rounds, in which a common aim stands out from the noise
+    of a single round. These sums take the memory of one model per client that has taken part, on each rank. If all
+    rows are equal, the result is the mean. The clients' own weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
         before: Pre-aggregators, which mix the updates first; with ``memory=False`` only.
-        memory: Whether updates are summed up over the rounds. False: the round's updates alone. Default True.
+        memory: Whether updates are summed over the rounds. False: only the round's updates. Default True.
 
     Raises:
-        ValueError: If ``before`` mixes clients of which each has sums of its own; before training, if a round has no
-            more than twice as many clients as attackers.
+        ValueError: If ``before`` is given and ``memory`` is True; before training, if a round has no more than twice as
+            many clients as attackers.
 
     Reference:
         Fung et al., "The Limitations of Federated Learning in Sybil Settings", RAID 2020.
@@ -63,8 +64,8 @@ class FoolsGold(GramRule):
         totals = complete({dtype: own + rows.beside[dtype] for dtype, own in rows.everywhere().items()})
         for place, client in enumerate(clients):
             trees = rows.rows.layout.unflatten({dtype: own[place] for dtype, own in totals.items()})
-            # A copy, since a view would keep the rows of the whole cohort.
-            sums[_key(client)] = clone(trees.get("delta", {}))
+            # A copy, since a view would keep the rows of the whole cohort in memory.
+            sums[_key(client)] = updated(sums.get(_key(client), {}), clone(trees.get("delta", {})))
         return {"sums": sums}
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
@@ -79,19 +80,19 @@ class FoolsGold(GramRule):
 
 
 def _key(client: ClientId) -> str:
-    """A name of the client in which the number 3 and the text "3" differ."""
+    """A string key for the client that distinguishes the number 3 from the string "3"."""
     return repr(client)
 
 
 def foolsgold(cosines: Tensor) -> Tensor:
-    """The weights of FoolsGold, ``[n]``, not normalised; all zero if the rows are the same."""
+    """The weights of FoolsGold, ``[n]``, not normalised; all zero if the rows are equal."""
     others = cosines.clone().fill_diagonal_(0)
     largest = others.max(1).values
-    # A client that looks like one with more likenesses of its own is pardoned in part.
+    # "Pardoning": reduce the similarity to clients that are themselves more similar to others.
     ratio = torch.where(largest > 0, largest[:, None] / largest, 0.0)
     others = torch.where(largest[:, None] < largest, others * ratio, others)
     weights = (1 - others.max(1).values).clamp(0, 1)
-    # Cosines of rows that are the same differ from 1 by rounding.
+    # Cosines of equal rows differ from 1 by rounding.
     if not weights.max() > 1e-9:
         return torch.zeros_like(weights)
     weights = (weights / weights.max()).clamp(max=0.99)

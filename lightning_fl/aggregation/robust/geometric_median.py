@@ -1,4 +1,4 @@
-"""The geometric median, also by the few steps of RFA."""
+"""The geometric median, exactly or by a few steps (RFA)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ class GeometricMedian(GramRule):
     .. math::
         x \leftarrow x + \arg\min_z \sum_i \lVert u_i - z \rVert
 
-    It is computed to convergence: Weiszfeld's iteration from the mean, and a test of each update, near which the
-    iteration would crawl. With ``iterations`` it is RFA, a few smoothed steps, as ByzFL always takes: three of them
-    give 3.7879 where the median is 4. Weights are ignored.
+    It is computed to convergence by Weiszfeld's iteration from the mean. Each update is tested first for being the
+    median itself, since the iteration converges slowly near an update. With ``iterations`` it is RFA, a fixed number of
+    smoothed steps, as ByzFL does: three of them can give 3.7879 where the median is 4. Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
-        iterations: Weiszfeld steps. None: until convergence.
-        smoothing: Distances below it count as this long in the steps of RFA. Default 1e-6.
+        iterations: Number of Weiszfeld steps. Default None: until convergence.
+        smoothing: Lower bound of the distances in RFA's steps. Default 1e-6.
         before: Pre-aggregators, which mix the updates first.
 
     Raises:
-        ValueError: Before training, if a round has no more than twice as many clients as attackers.
+        ValueError: If ``iterations`` or ``smoothing`` is not positive; before training, if a round has no more than
+            twice as many clients as attackers.
 
     Reference:
         Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal Processing 2022.
@@ -59,9 +60,9 @@ def geometric_median(gram: Gram, weights: Tensor, iterations: int | None = None,
 
     Args:
         gram: The geometry of the rows.
-        weights: Their weights, ``[n]``.
-        iterations: Smoothed Weiszfeld steps from the mean. None: until convergence, without smoothing.
-        smoothing: Distances below it count as this long.
+        weights: The rows' weights, ``[n]``.
+        iterations: Number of smoothed Weiszfeld steps from the mean. None: until convergence, without smoothing.
+        smoothing: Lower bound of the distances.
     """
     weights = weights / weights.sum()
     if iterations is None:
@@ -74,7 +75,7 @@ def geometric_median(gram: Gram, weights: Tensor, iterations: int | None = None,
         distances = distances_to(gram, coefficients).clamp(min=max(smoothing, 1e-300))
         following = weights / distances
         following = following / following.sum()
-        # Relative to each, because a coefficient near 0 may belong to an update far away.
+        # Relative changes, because a coefficient near 0 may belong to an update far away.
         moved = ((following - coefficients).abs() / following).max()
         coefficients = following
         if iterations is None and moved < 1e-13:
@@ -89,13 +90,13 @@ def distances_to(gram: Gram, coefficients: Tensor) -> Tensor:
 
 
 def _median_among_rows(gram: Gram, weights: Tensor) -> int | None:
-    """The row that is the median: one that the pulls of the others do not move away from their own weight."""
+    """The index of a row that is the median: the pull of the other rows does not exceed its own weight."""
     distances = gram.squared_distances.sqrt()
     for row in range(len(gram)):
         own = distances[row]
         here = own == 0
         pulls = torch.where(here, 0.0, weights / own)
-        # The squared norm of the sum of the pulls, from the inner products relative to this row.
+        # The squared norm of the total pull, from the inner products relative to this row.
         relative = gram.relative - gram.relative[row] - gram.relative[:, row, None] + gram.relative[row, row]
         if float(pulls @ relative @ pulls) <= float(weights[here].sum()) ** 2:
             return row

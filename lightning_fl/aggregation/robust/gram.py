@@ -1,4 +1,4 @@
-"""The geometry of a round's rows: all that most robust rules need to know of the updates."""
+"""The Gram matrix of a round's rows, which is all that most robust rules need of the updates."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lightning_fl.types import ClientId
 
 @dataclass(frozen=True)
 class Gram:
-    r"""Inner products of the rows :math:`u_i` of a round, relative to a point :math:`m` in their midst.
+    r"""Inner products of the rows :math:`u_i` of a round, relative to a central point :math:`m`.
 
-    All are float64 on the CPU. Distances between rows far from zero, or beside a row that is far away, would drown in
-    the rounding of :math:`\langle u_i, u_j \rangle`; therefore :math:`m` is the rows' coordinate-wise median.
+    All are float64 on the CPU. Distances between rows far from zero, or with one row far away, would be lost in the
+    rounding of :math:`\langle u_i, u_j \rangle`; therefore :math:`m` is the rows' coordinate-wise median.
 
     Args:
         relative: :math:`\langle u_i - m, u_j - m \rangle`, ``[n, n]``.
         along: :math:`\langle u_i - m, m \rangle`, ``[n]``.
-        square: :math:`\langle m, m \rangle`, a number.
-        clients: The client of each row; empty for rows that are mixtures of several clients'.
-        num_beside: How many rows at the end no client of the round has sent, such as the last centre of a rule.
-        measured: What each check that looks at updates one by one has measured of them, ``[n]``.
+        square: :math:`\langle m, m \rangle`, a scalar.
+        clients: The client of each row; empty for rows that mix the updates of several clients.
+        num_beside: Number of extra rows at the end that are not updates of the round, such as a rule's last centre.
+        measured: For each check that examines updates one by one, its measurements, ``[n]``.
     """
 
     relative: Tensor
@@ -37,12 +37,12 @@ class Gram:
 
     @classmethod
     def of(cls, blocks: Iterable[Tensor], clients: Sequence[ClientId], num_beside: int = 0) -> Gram:
-        """The geometry of rows that come in blocks of columns.
+        """Computes the inner products of rows that are given in blocks of columns.
 
         Args:
-            blocks: The columns, ``[n, w]`` each.
+            blocks: Blocks of columns, ``[n, w]`` each.
             clients: The client of each row.
-            num_beside: How many rows follow that are no client's.
+            num_beside: Number of extra rows at the end that belong to no client.
         """
         n = len(clients) + num_beside
         relative, along, square = torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64), 0.0
@@ -63,7 +63,7 @@ class Gram:
         """The same rows with the numbers of :meth:`flat`."""
         n = len(self.along)
         relative = flat[: n * n].view(n, n)
-        # Symmetric to the bit: two rows that are each other's nearest then tie on every machine.
+        # Exactly symmetric: two rows that are each other's nearest then tie on every machine.
         return replace(self, relative=(relative + relative.t()) / 2, along=flat[n * n : -1], square=flat[-1])
 
     def __len__(self) -> int:
@@ -71,12 +71,12 @@ class Gram:
 
     @property
     def num_updates(self) -> int:
-        """The rows without those beside."""
+        """The number of rows without the extra ones."""
         return len(self) - self.num_beside
 
     @property
     def updates(self) -> Gram:
-        """The geometry of the rows without those beside."""
+        """The inner products of the rows without the extra ones."""
         n = self.num_updates
         return Gram(self.relative[:n, :n], self.along[:n], self.square, self.clients, measured=self.measured)
 
@@ -103,16 +103,16 @@ class Gram:
         return cosines_of(self.products)
 
     def mix(self, matrix: Tensor) -> Gram:
-        """The geometry of the rows ``matrix @ rows``; those beside stay.
+        """The inner products of the rows ``matrix @ rows``; extra rows stay unchanged.
 
         Args:
-            matrix: ``[m, n]`` for n rows without those beside; each of its rows has to add up to 1.
+            matrix: ``[m, n]`` for n rows without the extra ones; each of its rows has to add up to 1.
         """
         full = self.with_beside(matrix)
         return Gram(full @ self.relative @ full.t(), full @ self.along, self.square, num_beside=self.num_beside)
 
     def with_beside(self, matrix: Tensor) -> Tensor:
-        """A mixing matrix of the rows that leaves those beside as they are."""
+        """The mixing matrix extended such that extra rows stay unchanged."""
         return torch.block_diag(matrix, torch.eye(self.num_beside, dtype=matrix.dtype)) if self.num_beside else matrix
 
 
@@ -124,15 +124,15 @@ def cosines_of(products: Tensor) -> Tensor:
 
 
 def selection(chosen: Sequence[int] | Tensor, num_rows: int) -> Tensor:
-    """The matrix that keeps the rows ``chosen``, ``[len(chosen), num_rows]``."""
+    """The matrix that selects the rows ``chosen``, ``[len(chosen), num_rows]``."""
     return torch.eye(num_rows, dtype=torch.float64)[torch.as_tensor(chosen, dtype=torch.long)]
 
 
 def mean_of(chosen: Sequence[int] | Tensor, num_rows: int) -> Tensor:
-    """The matrix of the mean of the rows ``chosen``, ``[1, num_rows]``."""
+    """The matrix that averages the rows ``chosen``, ``[1, num_rows]``."""
     return selection(chosen, num_rows).mean(0, keepdim=True)
 
 
 def lowest(values: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` lowest values, lowest first; of equal ones those with the lower place."""
+    """The indices of the ``count`` lowest values, lowest first; ties go to the lower index."""
     return values.sort(stable=True).indices[:count]

@@ -1,4 +1,4 @@
-"""Krum: the update closest to its neighbours; multi-Krum: the mean of several such."""
+"""Krum: the update closest to its neighbours; multi-Krum: the mean of several such updates."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Krum(GramRule):
     .. math::
         s_i = \sum_{j \in N_i} \lVert u_i - u_j \rVert^2, \qquad x \leftarrow x + u_{\arg\min_i s_i}
 
-    Of equal scores the client that comes first in the cohort wins. It follows one client a round, so with clients that
-    differ much it learns slowly, and lazy clients that send zeros can win every round. ByzFL counts :math:`n - f - 1`
-    neighbours, blades squares the distances twice, Garfield not at all.
+    Ties go to the client that comes first in the cohort. It follows one client per round, so it learns slowly from
+    heterogeneous clients, and lazy clients that send zeros can win every round. Weights are ignored. ByzFL uses
+    :math:`n - f - 1` neighbours, blades squares the distances twice, Garfield not at all.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
@@ -52,11 +52,13 @@ class MultiKrum(GramRule):
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
-        num_selected: How many updates :math:`m` are averaged, from 1 to :math:`n - f`. None: :math:`n - f`.
+        num_selected: Number :math:`m` of updates that are averaged, from 1 to :math:`n - f`. Default None:
+            :math:`n - f`.
         before: Pre-aggregators, which mix the updates first.
 
     Raises:
-        ValueError: Before training, if a round has fewer than :math:`2f + 3` clients.
+        ValueError: If ``num_selected`` is not positive; before training, if a round has fewer than :math:`2f + 3`
+            clients.
 
     Reference:
         Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017.
@@ -81,11 +83,11 @@ class MultiKrum(GramRule):
 
 
 def krum_scores(squared_distances: Tensor, num_attackers: int) -> Tensor:
-    """For each row the sum of the squared distances to its :math:`n - f - 2` nearest others, at least one.
+    """The sum of each row's squared distances to its :math:`n - f - 2` nearest neighbours, at least one.
 
     Args:
         squared_distances: ``[n, n]``.
-        num_attackers: How many rows ``f`` may be attackers'.
+        num_attackers: Number ``f`` of rows that may be attackers'.
     """
     others = squared_distances.clone().fill_diagonal_(torch.inf)
     return others.sort(dim=1).values[:, : max(1, len(others) - num_attackers - 2)].sum(1)

@@ -15,7 +15,7 @@ from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator
 class MeanAroundMedian(CoordinateRule):
     r"""In each coordinate the mean of the :math:`n - f` values closest to the median.
 
-    Of values equally far away those of clients that come first in the cohort count. Weights are ignored.
+    Ties go to the client that comes first in the cohort. Weights are ignored.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.

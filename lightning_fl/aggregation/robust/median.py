@@ -12,13 +12,14 @@ from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator
 
 @dataclass(frozen=True)
 class Median(CoordinateRule):
-    r"""The coordinate-wise median; of an even number of values the mean of the two in the middle.
+    r"""The coordinate-wise median; for an even number of values, the mean of the two in the middle.
 
     .. math::
         x_j \leftarrow x_j + \operatorname{median}_i \, (u_i)_j
 
-    It withstands fewer than half of the clients, but with few attackers that collude (IPM) or very different clients it
-    falls behind rules that average. Weights are ignored. ``torch.median`` takes the lower of the two.
+    It tolerates attackers up to just below half of the clients, but with a few colluding attackers (IPM) or very
+    heterogeneous clients it is worse than rules that average. Weights are ignored. ``torch.median`` takes the lower of
+    the two values.
 
     Args:
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.

@@ -1,4 +1,4 @@
-"""Pre-aggregators, which mix updates so that those of honest clients come closer to each other."""
+"""Pre-aggregators, which mix updates so that those of honest clients become more similar."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_fl.seeding import round_rng
 
 @dataclass(frozen=True)
 class NearestNeighborMixing(PreAggregator):
-    r"""Nearest-neighbour mixing: each update becomes the mean of the :math:`n - f` nearest ones, its own among them.
+    r"""Nearest-neighbour mixing: replaces each update by the mean of the :math:`n - f` nearest ones, including itself.
 
     .. math::
         v_i = \frac{1}{n - f} \sum_{j \in N_i} u_j
@@ -33,13 +33,13 @@ class NearestNeighborMixing(PreAggregator):
 
 @dataclass(frozen=True)
 class Bucketing(PreAggregator):
-    """Bucketing: the updates are dealt at random into buckets, and each bucket becomes its mean.
+    """Bucketing: assigns the updates to random buckets, and replaces each bucket by its mean.
 
-    The rule then sees fewer rows that differ less, of which as many may be bad as there are attackers. The last bucket
-    may be smaller.
+    The rule then sees fewer, more similar rows; the number of rows that may be corrupt stays the number of attackers.
+    The last bucket may be smaller.
 
     Args:
-        size: Updates in a bucket. Default 2.
+        size: Number of updates in a bucket. Default 2.
 
     Raises:
         ValueError: If ``size`` is less than 1.
@@ -52,7 +52,7 @@ class Bucketing(PreAggregator):
 
     def __post_init__(self) -> None:
         if self.size < 1:
-            raise ValueError(f"size={self.size} must be at least 1, the number of updates in a bucket.")
+            raise ValueError(f"size={self.size} must be at least 1; it is the number of updates in a bucket.")
 
     def num_rows(self, num_rows: int) -> int:
         return -(-num_rows // self.size)

@@ -1,4 +1,4 @@
-"""The mean of updates that are no longer than a bound."""
+"""The mean of updates clipped to a norm bound."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
 
 @dataclass(frozen=True)
 class NormBound(GramRule):
-    r"""The mean of the updates, each shortened to a norm of at most :math:`C`.
+    r"""The mean of the updates, each clipped to a norm of at most :math:`C`.
 
     .. math::
         x \leftarrow x + \frac{1}{n} \sum_i u_i \min\Bigl(1, \frac{C}{\lVert u_i \rVert}\Bigr)
 
-    It bounds what one client can do in a round, and no more. The server shortens the updates, because an attacker would
-    not shorten its own. Weights are ignored.
+    It only bounds the influence of one client in a round. The server clips the updates, because an attacker would not
+    clip its own. Weights are ignored.
 
     Args:
-        bound: The bound :math:`C`. None: the median of the round's norms.
+        bound: The bound :math:`C`, an L2 norm. Default None: the median of the round's norms.
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
         before: Pre-aggregators, which mix the updates first.
 
@@ -50,6 +50,6 @@ class NormBound(GramRule):
 
 
 def shortening(norms: Tensor, bound: float | None = None) -> Tensor:
-    """The factors that shorten rows of these norms to the bound, or to the median of the norms, ``[n]``."""
+    """The factors that clip rows of these norms to the bound, or to the median of the norms, ``[n]``."""
     limit = torch.quantile(norms, 0.5) if bound is None else torch.tensor(bound, dtype=norms.dtype)
     return torch.where(norms > limit, limit / norms, 1.0)

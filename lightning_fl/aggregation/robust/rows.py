@@ -1,4 +1,4 @@
-"""The updates of a round as the rows of a matrix, of which each rank holds some."""
+"""The updates of a round as the rows of a matrix that is distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_fl.tree import Flat, Layout, as_real
 from lightning_fl.types import Tree, Update
 
 LARGEST = 1e100
-"""Coordinates are cut here, so that the square of what an attacker sends stays finite. Nobody trains that far."""
+"""Coordinates are clamped to this, so that the square of an attacker's value stays finite. No honest one gets there."""
 WINDOW = 1 << 21
-"""Elements of a window of columns over all rows. With all copies that are made of it a window takes 64 MiB at most."""
+"""Elements of a window of columns over all rows. With all its copies, a window takes at most 64 MiB."""
 
 
 class Window(NamedTuple):
-    """Some columns of all rows, on the rank that works on them.
+    """A window of columns of all rows, on the rank that processes them.
 
     Args:
         dtype: The dtype of the flat buffers.
-        bounds: Where each rank's columns begin, and where the last one's end.
+        bounds: The first column of each rank, and the end of the last one's columns.
         start: The first column of this rank.
-        block: Its columns, ``[rows, columns]``.
+        block: This rank's columns, ``[rows, columns]``.
     """
 
     dtype: torch.dtype
@@ -39,13 +39,13 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of this rank, flat: complex numbers as pairs of real ones.
+    """The rows of this rank as flat buffers; complex numbers are stored as pairs of real ones.
 
     Args:
-        layout: Where each tensor stands in a row.
-        device: Where the rows are.
-        blocks: The rows of each group of clients that was added, by dtype ``[clients, elements]``.
-        positions: For each row the place of its client in the cohort.
+        layout: The position of each tensor in a row.
+        device: The device of the rows.
+        blocks: The rows of each client group that was added, by dtype ``[clients, elements]``.
+        positions: For each row the position of its client in the cohort.
     """
 
     layout: Layout
@@ -54,7 +54,7 @@ class Rows:
     positions: tuple[int, ...] = ()
 
     def add(self, trees: dict[str, Tree], positions: Sequence[int]) -> Rows:
-        """The rows with those of further clients, whose tensors are stacked."""
+        """The rows with those of further clients added, whose tensors are stacked."""
         parts: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in self.layout.dtypes}
         for tree, name, _, dtype in self.layout.entries:
             own = trees[tree][name].detach().to(self.device, dtype)
@@ -84,7 +84,7 @@ class Rows:
         return found.clamp_(-LARGEST, LARGEST) if found.dtype == torch.float64 else found
 
     def of_trees(self, kept: Sequence[Mapping[str, Tree]]) -> Flat:
-        """Trees of earlier rounds as rows like these; what is missing, or had another shape then, is zero."""
+        """Trees of earlier rounds as rows like these; tensors that are missing or had another shape are zero."""
         stacked: dict[str, Tree] = {}
         for tree, name, shape, dtype in self.layout.entries:
             found = [own.get(tree, {}).get(name) for own in kept]
@@ -108,12 +108,12 @@ class Rows:
         return replace(self, layout=delta).width(dtype)
 
     def windows(self, group: Group, counts: Sequence[int], order: Sequence[int]) -> Iterator[Window]:
-        """All rows by windows of columns, of which each rank gets its share.
+        """All rows in windows of columns; each rank gets its share of the columns.
 
         Args:
             group: The ranks.
-            counts: How many rows each rank has.
-            order: In which order to return the rows of all ranks.
+            counts: The number of rows of each rank.
+            order: The order in which to return the rows of all ranks.
         """
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         width_of_window = max(1, group.size * WINDOW // max(1, len(order)))
@@ -125,7 +125,7 @@ class Rows:
                 start, stop = bounds[group.rank], bounds[group.rank + 1]
                 own = self.columns(dtype, first, last)
                 parts = [own[:, a - first : b - first].reshape(-1) for a, b in pairwise(bounds)]
-                del own  # a window is there as few times as possible
+                del own  # keep as few copies of a window as possible
                 received = group.all_to_all(parts, [count * (stop - start) for count in counts])
                 del parts
                 block = torch.cat(
@@ -136,7 +136,7 @@ class Rows:
                 yield Window(dtype, bounds, start, block)
 
     def own_windows(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The rows of this rank by windows of columns, ``[rows, columns]``."""
+        """The rows of this rank in windows of columns, ``[rows, columns]``."""
         width, step = self.width(dtype), max(1, WINDOW // max(1, len(self)))
         for start in range(0, width, step):
             yield self.columns(dtype, start, min(width, start + step))
@@ -163,22 +163,22 @@ class Rows:
         others = [rank for rank, message in enumerate(digests) if message.fields["digest"] != hashed.hexdigest()]
         if others:
             raise RuntimeError(
-                f"Rank {group.rank} has received other updates than rank {others[0]} in round {round}: a silo has sent "
-                "different updates to different silos, or the network has changed them. The round is dropped."
+                f"Rank {group.rank} received other updates than rank {others[0]} in round {round}: a silo sent "
+                "different updates to different silos, or the network changed them. The round is dropped."
             )
         return replace(self, blocks=(gathered,), positions=tuple(range(sum(counts))))
 
 
 @dataclass(frozen=True)
 class RoundRows:
-    """All rows of a round: this rank's, and the way to those of the others.
+    """All rows of a round: this rank's, and access to those of the others.
 
     Args:
         rows: This rank's rows.
         group: The ranks.
-        counts: How many rows each rank has.
-        order: The rows of all ranks by the place of their clients in the cohort.
-        beside: Further rows that no client of the round has sent, and that all ranks hold: ``[m, elements]`` by dtype.
+        counts: The number of rows of each rank.
+        order: The rows of all ranks, ordered by the position of their clients in the cohort.
+        beside: Extra rows that are not updates of the round, the same on all ranks: ``[m, elements]`` by dtype.
     """
 
     rows: Rows
@@ -192,13 +192,13 @@ class RoundRows:
 
     @property
     def own(self) -> list[int]:
-        """The places of this rank's rows in the order."""
+        """The positions of this rank's rows in the order."""
         before = sum(self.counts[: self.group.rank])
         place = {row: index for index, row in enumerate(self.order)}
         return [place[row] for row in range(before, before + self.counts[self.group.rank])]
 
     def windows(self) -> Iterator[Window]:
-        """The rows in their order, and after them those beside, by windows of columns."""
+        """The rows in their order, followed by the extra ones, in windows of columns."""
         for window in self.rows.windows(self.group, self.counts, self.order):
             if self.beside:
                 own = self.beside[window.dtype][:, window.start : window.start + window.block.shape[1]]
@@ -217,7 +217,7 @@ class RoundRows:
 
 
 def complete(flat: Flat) -> Flat:
-    """Flat buffers of rows as they are laid out: pairs of real numbers become complex ones, if their dtype says so."""
+    """Flat buffers in the layout's dtypes: pairs of real numbers become complex ones where the dtype is complex."""
     return {
         dtype: torch.view_as_complex(own.view(-1, 2)).to(dtype) if dtype.is_complex else own
         for dtype, own in flat.items()
@@ -225,5 +225,5 @@ def complete(flat: Flat) -> Flat:
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the parts of a complex number; other dtypes as they are."""
+    """The dtype of a complex dtype's real part; other dtypes are unchanged."""
     return dtype.to_real() if dtype.is_complex else dtype

@@ -1,4 +1,4 @@
-"""Robust rules: aggregators that look at the updates of all clients beside each other."""
+"""Base classes of the robust rules: aggregators that compare the updates of all clients."""
 
 # No `from __future__ import annotations`: jsonargparse would resolve the strings in the modules of the subclasses.
 import warnings
@@ -26,7 +26,7 @@ class PreAggregator(ABC):
     """Mixes the rows before the rule sees them."""
 
     def num_rows(self, num_rows: int) -> int:
-        """How many rows it makes of ``num_rows``; as many, unless told."""
+        """The number of rows after mixing ``num_rows``; by default the same."""
         return num_rows
 
     @abstractmethod
@@ -36,16 +36,16 @@ class PreAggregator(ABC):
 
 @dataclass(frozen=True)
 class Merged:
-    """What the ranks have computed together.
+    """The joint result of the ranks.
 
     Args:
-        num_rows: The rows of all ranks.
-        num_attackers: How many of them may be attackers.
-        flat: What the rows became, by dtype; None if there were too few.
+        num_rows: The number of rows of all ranks.
+        num_attackers: The number of rows that may be attackers'.
+        flat: The combined rows, by dtype; None if there were too few rows.
         clients: The client of each row.
-        matrix: The mixing matrix ``[m, n]``; None if all rows go into each coordinate.
+        matrix: The mixing matrix ``[m, n]``; None if all rows enter each coordinate.
         memory: What the rule keeps for the next round.
-        reasons: Why clients are left out, as far as it is known of each.
+        reasons: Why clients are left out, as far as known.
     """
 
     num_rows: int
@@ -63,7 +63,7 @@ class RowSum:
 
     Args:
         rows: This rank's rows.
-        merged: What the ranks have made of all rows, after the merge.
+        merged: The joint result of all ranks, after the merge.
     """
 
     rows: Rows
@@ -73,15 +73,15 @@ class RowSum:
 class RowAggregator(Aggregator):
     r"""Base of the robust rules, which keep the update of every client as a row :math:`u_i`.
 
-    The rows are mixed, :math:`v_r = \sum_i M_{ri} u_i`, and the mixtures combined coordinate by coordinate. ``M``
-    follows from the changes of the parameters; the same mixture then applies to buffers and, times the number of
-    clients, to side channels. What a client says it weighs is ignored, since it could say anything: all count alike.
+    The rows are mixed, :math:`v_r = \sum_i M_{ri} u_i`, and the mixtures combined coordinate by coordinate. ``M`` is
+    computed from the changes of the parameters; the same mixture then applies to buffers and, times the number of
+    clients, to side channels. A client's weight is ignored, since an attacker could claim any: all weigh the same.
 
-    In a simulation each rank works on a part of the coordinates, so that memory and traffic are those of the rows
-    divided by the ranks. Silos would have to trust each other for that: there each rank receives all rows, and the
-    silos compare digests of what they have received.
+    In a simulation each rank processes a part of the coordinates, so that memory and traffic are divided by the number
+    of ranks. Silos would have to trust each other for that: there each rank receives all rows, and the silos compare
+    digests of the rows they received.
 
-    A round with too few updates for the rule leaves the model as it is, with a warning. An update that was refused for
+    A round with too few updates for the rule leaves the model unchanged, with a warning. An update that was refused for
     NaN or Inf counts as one of the attackers.
 
     A rule is a frozen dataclass with the fields ``num_attackers`` and ``before``.
@@ -91,7 +91,7 @@ class RowAggregator(Aggregator):
     num_attackers: int | float
     before: Sequence[PreAggregator]
     why: ClassVar[str] = "the rule gave its update no weight"
-    """Why a client is left out, for the history."""
+    """The reason for leaving out a client, for the history."""
 
     def __post_init__(self) -> None:
         count_attackers(self.num_attackers, 1)
@@ -106,34 +106,34 @@ class RowAggregator(Aggregator):
     # ---- what a rule defines
 
     def min_rows(self, num_attackers: int) -> int:
-        """The fewest rows among which the rule withstands so many attackers."""
+        """The smallest number of rows for which the rule tolerates ``num_attackers``."""
         return 2 * num_attackers + 1
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor | None:
-        """The rule's own mixing matrix ``[m, n]``, float64 on the CPU; None for the rows as they are.
+        """The rule's own mixing matrix ``[m, n]``, float64 on the CPU; None leaves the rows unchanged.
 
-        Where there are rows beside those of the clients, it has a column for each of them too.
+        If there are extra rows, it has a column for each of them too.
         """
         return None
 
     def measure(self, rows: Rows, ctx: RoundContext) -> Mapping[Any, Sequence[float]]:
-        """What checks measure of each of this rank's updates."""
+        """The checks' measurements of each of this rank's updates."""
         return {}
 
     def reasons(self, gram: Gram, ctx: RoundContext) -> Mapping[ClientId, str]:
-        """Why clients are left out, where the rule can tell; for the others :attr:`why` is told."""
+        """Why clients are left out, as far as the rule knows; :attr:`why` is the reason for all others."""
         return {}
 
     def beside(self, rows: Rows, clients: Sequence[ClientId], ctx: RoundContext) -> Flat:
-        """Rows that the rule puts beside those of the clients, such as what it remembers; the same on all ranks."""
+        """Extra rows that the rule adds to those of the clients, such as its memory; the same on all ranks."""
         return {}
 
     def keep(self, rows: RoundRows, flat: Flat, clients: Sequence[ClientId], ctx: RoundContext) -> State:
-        """What the rule remembers: ``ctx.memory`` of the next round.
+        """What the rule keeps for the next round, where it is ``ctx.memory``.
 
         Args:
             rows: The rows of the round.
-            flat: What they became.
+            flat: The combined rows.
             clients: The client of each row.
             ctx: Facts of the round.
         """
@@ -141,7 +141,7 @@ class RowAggregator(Aggregator):
 
     @abstractmethod
     def combine(self, block: Tensor, num_attackers: int) -> Tensor:
-        """What the mixtures ``[m, w]`` become in ``w`` coordinates, ``[w]``."""
+        """Combines the mixtures ``[m, w]`` in each of ``w`` coordinates, ``[w]``."""
 
     @property
     def needs_gram(self) -> bool:
@@ -160,7 +160,7 @@ class RowAggregator(Aggregator):
         if rows < self.min_rows(attackers):
             after = f", {rows} rows after {', '.join(type(m).__name__ for m in self.before)}," if self.before else ""
             raise ValueError(
-                f"{type(self).__name__}(num_attackers={self.num_attackers}) is to withstand {attackers} attackers "
+                f"{type(self).__name__}(num_attackers={self.num_attackers}) must tolerate {attackers} attackers "
                 f"among {num_clients} clients{after} and needs at least {self.min_rows(attackers)} rows. Let more "
                 "clients take part in a round, or lower num_attackers."
             )
@@ -168,8 +168,8 @@ class RowAggregator(Aggregator):
     def open(self, group: Group, facts: FederationFacts) -> None:
         if facts.silos and self.needs_server:
             raise ValueError(
-                f"{type(self).__name__} looks at updates with data of the server, and among silos nobody is the "
-                "server. Let one silo hold the data, as FLTrust(root=0) for the first, or use another rule."
+                f"{type(self).__name__} evaluates updates on data of the server, but silos have no server. Let one "
+                "silo hold the data, such as FLTrust(root=0) for the first, or use another rule."
             )
         if facts.is_training:
             self.check_cohort(facts.cohort_size)
@@ -200,7 +200,7 @@ class RowAggregator(Aggregator):
         positions = [place for message in messages for place in message.fields["rows"]]
         refused = sum(len(message.fields.get("refused", [])) for message in messages)
         num_rows = len(positions)
-        # Whoever is refused is not among the rows any more.
+        # Refused updates are no longer among the rows.
         attackers = max(0, count_attackers(self.num_attackers, num_rows + refused) - refused)
         mixed = num_rows
         for mixing in self.before:
@@ -209,8 +209,8 @@ class RowAggregator(Aggregator):
             if group.rank == 0:
                 warnings.warn(
                     f"Round {ctx.round} has {num_rows} updates ({refused} more were refused), too few for "
-                    f"{type(self).__name__}(num_attackers={self.num_attackers}) to withstand {attackers} attackers: "
-                    "the global model stays as it is.",
+                    f"{type(self).__name__}(num_attackers={self.num_attackers}) to tolerate {attackers} attackers: "
+                    "the global model is unchanged.",
                     stacklevel=2,
                 )
             clients = [ctx.cohort[place] for place in positions]
@@ -220,7 +220,7 @@ class RowAggregator(Aggregator):
         if ctx.silos and group.size > 1:
             rows, group = rows.gather(group, counts, ctx.round), LocalGroup()
             counts = [num_rows]
-        # By place in the cohort, so that neither ties nor rounding depend on who was trained where.
+        # By position in the cohort, so that neither ties nor rounding depend on the placement of clients.
         order = sorted(range(num_rows), key=positions.__getitem__)
         clients = [ctx.cohort[positions[row]] for row in order]
         found = RoundRows(rows, group, counts, order, self.beside(rows, clients, ctx))
@@ -243,7 +243,7 @@ class RowAggregator(Aggregator):
         measured: Mapping[Any, Tensor],
         ctx: RoundContext,
     ) -> tuple[Tensor | None, Mapping[ClientId, str]]:
-        """The whole mixing matrix, and why clients are left out."""
+        """The complete mixing matrix, and why clients are left out."""
         if not self.needs_gram:
             return None, {}
         # Distances are those of the parameters: buffers and side channels have other units.
@@ -252,7 +252,7 @@ class RowAggregator(Aggregator):
         )
         gram = Gram.of(blocks, clients, next((len(own) for own in found.beside.values()), 0))
         gram = replace(gram.with_flat(found.group.all_reduce(gram.flat())), measured=measured)
-        # Of mixtures nobody can say whose fault they are.
+        # A mixture can't be attributed to one client.
         reasons = {} if self.before else self.reasons(gram, ctx)
         matrix = torch.eye(len(gram), dtype=torch.float64)
         for mixing in self.before:
@@ -262,7 +262,7 @@ class RowAggregator(Aggregator):
         return (matrix if last is None else last @ matrix), reasons
 
     def _combined(self, found: RoundRows, matrix: Tensor | None, attackers: int) -> Flat:
-        """What the rows become, on all ranks."""
+        """The combined rows, on all ranks."""
         pieces: dict[torch.dtype, list[Tensor]] = {dtype: [] for dtype in found.rows.layout.dtypes}
         for dtype, bounds, _, block in found.windows():
             mixed = block if matrix is None else (matrix.to(block.device) @ block.double()).to(block.dtype)
@@ -277,10 +277,10 @@ class RowAggregator(Aggregator):
         if merged.flat is None:
             trees = layout.unflatten(layout.zeros(acc.rows.device))
             return replace(aggregate_of(trees, 1.0, merged.num_rows, ctx), weight=0.0)
-        # Sums, which `Aggregate.mean` divides by the weight again.
+        # An aggregate holds sums, which `Aggregate.mean` divides by the weight again.
         trees = layout.unflatten({dtype: own * merged.num_rows for dtype, own in complete(merged.flat).items()})
         if merged.matrix is not None and len(merged.matrix) == 1:
-            # Statistics such as a variance must not be extrapolated, where a rule lengthens updates.
+            # Statistics such as a variance must not be extrapolated by a rule that lengthens updates.
             total = max(1.0, float(merged.matrix.sum()))
             trees["buffers"] = {name: tensor / total for name, tensor in trees.get("buffers", {}).items()}
         return aggregate_of(trees, float(merged.num_rows), merged.num_rows, ctx)
@@ -316,7 +316,7 @@ class GramRule(RowAggregator):
         return block[0]
 
     def _combined(self, found: RoundRows, matrix: Tensor | None, attackers: int) -> Flat:
-        # Each rank adds up its own rows, which costs one all-reduce instead of dealing out the rows again.
+        # Each rank sums its own rows, which costs one all-reduce instead of redistributing the rows.
         assert matrix is not None
         rows, totals = found.rows, {}
         own, beside = matrix[0, found.own].to(rows.device), matrix[0, len(found) :].to(rows.device)
@@ -329,19 +329,20 @@ class GramRule(RowAggregator):
 
 
 class CoordinateRule(RowAggregator):
-    """A rule that works on each coordinate separately, without telling clients apart."""
+    """A rule that processes each coordinate separately, without distinguishing clients."""
 
     def check(self, algorithm: Algorithm) -> None:
         if algorithm.aux_like({"x": torch.zeros(1)}):
             raise ValueError(
-                f"{type(self).__name__} picks each coordinate from other clients, but {type(algorithm).__name__} sends "
-                "side channels that belong together with a client's whole update. Use a rule that weighs whole "
-                "updates, such as fl.aggregation.MultiKrum or GeometricMedian, or algorithm='fedavg'."
+                f"{type(self).__name__} picks each coordinate from different clients, but {type(algorithm).__name__} "
+                "sends side channels that must be combined with the same weights as a client's whole update. Use a "
+                "rule that weights whole updates, such as fl.aggregation.MultiKrum or GeometricMedian, or "
+                "algorithm='fedavg'."
             )
 
 
 def count_attackers(num_attackers: int | float, num_clients: int) -> int:
-    """How many of the clients may be attackers.
+    """The number of clients that may be attackers.
 
     Raises:
         ValueError: If ``num_attackers`` is neither a count nor a share below one half.
@@ -353,5 +354,5 @@ def count_attackers(num_attackers: int | float, num_clients: int) -> int:
             f"num_attackers={num_attackers!r} must be a count (int, at least 0) or a share of the cohort (float, "
             "from 0 to below 0.5)."
         )
-    # A share such as .2 of 5 must not fall below 1 by rounding.
+    # A share such as 0.2 of 5 must not fall below 1 by rounding.
     return num_attackers if isinstance(num_attackers, int) else int(num_attackers * num_clients + 1e-9)

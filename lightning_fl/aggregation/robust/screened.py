@@ -1,4 +1,4 @@
-"""Checks that leave updates out before the others are aggregated."""
+"""Checks that filter updates before the rest are aggregated."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lightning_fl.types import ClientId, State, Update
 
 
 class Check(ABC):
-    """Decides which updates are sound."""
+    """Decides which updates are accepted."""
 
     measures: ClassVar[bool] = False
-    """Whether it looks at each update by itself, by :meth:`measure`, with data of the server."""
+    """Whether it evaluates each update separately with :meth:`measure`, on data of the server."""
 
     def measure(self, update: Update, ctx: RoundContext) -> float:
-        """What it finds in one update; :meth:`passes` gets that of all as ``gram.measured[self]``, ``[n]``."""
+        """The measurement of one update; :meth:`passes` gets all of them as ``gram.measured[self]``, ``[n]``."""
         raise NotImplementedError
 
     @abstractmethod
@@ -44,7 +44,10 @@ class NormCheck(Check):
         \qquad m = \operatorname{median}_j \lVert u_j \rVert
 
     Args:
-        z: How many standard deviations, which the median of the deviations estimates. Default 3.
+        z: The threshold :math:`z`, in standard deviations, estimated from the median deviation. Default 3.
+
+    Raises:
+        ValueError: If ``z`` is not positive.
     """
 
     z: float = 3.0
@@ -58,10 +61,13 @@ class NormCheck(Check):
 
 @dataclass(frozen=True)
 class CosineCheck(Check):
-    """Leaves out updates that point elsewhere than the sum of the others, by their cosine to it.
+    """Leaves out updates whose direction differs from the sum of the others, by their cosine to it.
 
     Args:
-        z: How many standard deviations below the median cosine, as for :class:`NormCheck`. Default 3.
+        z: The threshold, in standard deviations below the median cosine, as for :class:`NormCheck`. Default 3.
+
+    Raises:
+        ValueError: If ``z`` is not positive.
     """
 
     z: float = 3.0
@@ -79,20 +85,20 @@ class CosineCheck(Check):
 
 
 def check_z(z: float) -> None:
-    """Makes sure that a threshold is one.
+    """Checks that a threshold is positive.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If it is not.
     """
     if not z > 0:
-        raise ValueError(f"z={z} must be positive: how many standard deviations an update may lie away.")
+        raise ValueError(f"z={z} must be positive; it is the largest accepted deviation, in standard deviations.")
 
 
 def scores(values: Tensor) -> Tensor:
-    """How many standard deviations values lie from their median, which outliers do not move, ``[n]``."""
+    """The distance of values from their median in standard deviations, estimated robustly, ``[n]``."""
     middle = torch.quantile(values, 0.5)
     spread = 1.4826 * torch.quantile((values - middle).abs(), 0.5)
-    # Where most are the same to rounding, rounding is no reason.
+    # If most values are equal up to rounding, rounding must not mark any as an outlier.
     return (values - middle) / spread.clamp(min=1e-6 * max(float(middle.abs()), 1e-12))
 
 
@@ -101,12 +107,14 @@ class Screened(RowAggregator):
     """Aggregates the updates that pass all checks; the others are left out.
 
     Args:
-        inner: The robust rule that aggregates them, with its own ``num_attackers``. None: their mean.
-        checks: The checks. None: of the norm and of the cosine.
+        inner: The robust rule that aggregates them, with its own ``num_attackers``. Default None: their mean.
+        checks: The checks. Default None: :class:`NormCheck` and :class:`CosineCheck`.
         num_attackers: How many clients of a round may be attackers: a count, or a share of the cohort. Default 0.2.
+        before: Pre-aggregators, which mix the updates first; not with checks that evaluate updates one by one.
 
     Raises:
-        ValueError: If there is no check, or ``inner`` is no robust rule.
+        ValueError: If ``checks`` is empty, ``inner`` is not a robust rule or has pre-aggregators, or ``before`` is
+            given with a check that evaluates updates one by one.
     """
 
     inner: RowAggregator | None = None
@@ -120,7 +128,7 @@ class Screened(RowAggregator):
             raise ValueError(f"checks={self.checks!r} must be checks, such as [fl.aggregation.NormCheck()].")
         if self.needs_server and self.before:
             raise ValueError(
-                f"before={self.before!r} mixes clients, but a check looks at the model of each. Leave before out."
+                f"before={self.before!r} mixes clients, but a check evaluates each client's model. Leave before out."
             )
         if self.inner is not None and (not isinstance(self.inner, RowAggregator) or self.inner.before):
             raise ValueError(
@@ -129,7 +137,7 @@ class Screened(RowAggregator):
             )
         if isinstance(self.inner, FoolsGold) and self.inner.memory:
             raise ValueError(
-                "inner=FoolsGold() would sum up the updates of clients that checks leave out too. Give it memory=False."
+                "inner=FoolsGold() would also sum the updates of clients that the checks left out. Set memory=False."
             )
 
     @property
@@ -138,7 +146,7 @@ class Screened(RowAggregator):
 
     @property
     def why(self) -> str:  # type: ignore[override]
-        """Why a client is left out."""
+        """The reason for leaving out a client."""
         names = " or ".join(type(check).__name__ for check in self._checks)
         return f"did not pass {names}" + (f", or left out by {type(self.inner).__name__}" if self.inner else "")
 
@@ -180,7 +188,7 @@ class Screened(RowAggregator):
             passed &= check.passes(gram.updates, ctx)
         chosen = passed.nonzero()[:, 0]
         if not len(chosen):
-            # Nothing is sound: the model does not move.
+            # No update is accepted: the model is unchanged.
             return torch.zeros(1, len(gram), dtype=torch.float64)
         if self.inner is None:
             return mean_of(chosen, len(gram))
@@ -192,7 +200,7 @@ class Screened(RowAggregator):
         return block[0] if self.inner is None else self.inner.combine(block, self._left(num_attackers, len(block)))
 
     def _left(self, num_attackers: int, num_rows: int) -> int:
-        """How many attackers the inner rule can withstand among the rows that have passed."""
+        """The number of attackers that the inner rule can tolerate among the rows that passed."""
         assert self.inner is not None
         while num_attackers and num_rows < self.inner.min_rows(num_attackers):
             num_attackers -= 1

@@ -34,6 +34,6 @@ class TrimmedMean(CoordinateRule):
     before: Sequence[PreAggregator] = ()
 
     def combine(self, block: Tensor, num_attackers: int) -> Tensor:
-        # Along the rows of a contiguous transpose: sorting down the columns takes more than twice as long.
+        # Sorts the rows of a contiguous transpose: sorting down the columns takes more than twice as long.
         ordered = block.t().contiguous().sort(dim=1).values
         return ordered[:, num_attackers : len(block) - num_attackers].mean(1)

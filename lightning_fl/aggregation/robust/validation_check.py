@@ -1,4 +1,4 @@
-"""A check that tries each client's model on data of the server."""
+"""A check that evaluates each client's model on data of the server."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lightning_fl.types import Update
 
 @dataclass(frozen=True, repr=False)
 class ValidationCheck(Check):
-    r"""Leaves out clients whose model, tried on data of the server, is much worse than the others'.
+    r"""Leaves out clients whose model is much worse than the others', evaluated on data of the server.
 
     .. math::
         \frac{a_i - \operatorname{median}_j a_j}{s} < -z, \qquad
         s = \max\Bigl(1.4826 \operatorname{median}_j |a_j - m|, \sqrt{m (1 - m) / N}\Bigr)
 
     for the accuracies :math:`a_i` on the :math:`N` examples and their median :math:`m`; with ``metric="loss"`` the
-    negative mean cross-entropies, without the second term. The module's ``forward`` has to give class scores, and a
-    batch of the data to be a pair ``(x, y)``. Each rank tries the models of its own clients, so it is for simulations.
-    It costs one pass over the data for each client.
+    negative mean cross-entropies, without the second term. The module's ``forward`` has to return class scores, and a
+    batch of the data has to be a pair ``(x, y)``. Each rank evaluates the models of its own clients, so it is for
+    simulations. It costs one pass over the data for each client.
 
     Args:
         root: The server's data: a DataLoader, or a data set.
         metric: ``"accuracy"`` or ``"loss"``. Default ``"accuracy"``.
-        z: How many standard deviations :math:`s` below the median. Default 3.
+        z: The threshold, in standard deviations :math:`s` below the median. Default 3.
 
     Raises:
         ValueError: If an argument is out of range; before training, among silos.
@@ -70,7 +70,7 @@ class ValidationCheck(Check):
         return total / max(num_examples, 1)
 
     def passes(self, gram: Gram, ctx: RoundContext) -> Tensor:
-        # A model that has run away is worse than any other.
+        # A model that diverged is worse than any other.
         values = gram.measured[self].nan_to_num(nan=-1e300, neginf=-1e300)
         found = scores(values) >= -self.z
         if self.metric == "accuracy":
@@ -81,18 +81,18 @@ class ValidationCheck(Check):
 
 
 def loader_of(root: Any, shuffle: bool = False) -> DataLoader[Any]:
-    """The server's data as a loader.
+    """The server's data as a DataLoader.
 
     Raises:
-        ValueError: If they are neither a loader nor a data set.
+        ValueError: If ``root`` is neither a loader nor a data set.
     """
     if isinstance(root, DataLoader):
         return root
     if not isinstance(root, Dataset):
-        raise ValueError(f"root={root!r} must be a DataLoader or a data set of the server, with pairs (x, y).")
+        raise ValueError(f"root={root!r} must be a DataLoader or a data set of pairs (x, y).")
     return DataLoader(root, batch_size=32 if shuffle else 256, shuffle=shuffle)
 
 
 def described(loader: DataLoader[Any]) -> str:
-    """The data in words that are the same on all ranks."""
+    """A description of the data that is the same on all ranks."""
     return f"root={type(loader.dataset).__name__} of {count_examples(loader)} examples"

@@ -1,4 +1,4 @@
-"""The privacy ledgers of clients under sample-level privacy: what they have spent, and what a round will cost."""
+"""The clients' privacy ledgers under sample-level privacy: the privacy spent, and the cost of another round."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def loader_of(view: RoundView, client: ClientId) -> PoissonLoader:
     """A client's Poisson loader.
 
     Raises:
-        PrivacyError: If its loader is another one.
+        PrivacyError: If its loader is not a Poisson loader.
     """
     loader = view.population.loaders[client]
     if not isinstance(loader, PoissonLoader):
@@ -50,7 +50,7 @@ def loader_of(view: RoundView, client: ClientId) -> PoissonLoader:
 
 
 def cost_of(view: RoundView, client: ClientId, noise_multiplier: float, work: LocalWork | None = None) -> Ledger:
-    """What a client's training in a round adds to its ledger.
+    """The releases that a client's training in a round adds to its ledger.
 
     Args:
         view: The current round.
@@ -79,7 +79,7 @@ def with_another_round(view: RoundView, noise_multiplier: float) -> list[Ledger]
 
 
 def gather(view: RoundView, own: dict[str, Any]) -> list[dict[str, Any]]:
-    """Gathers the ranks' fields; only this rank's where silos hide the sizes of their data, which others would show."""
+    """Gathers the ranks' fields; only this rank's if silos hide the sizes of their data, which the fields reveal."""
     if view.settings.aggregator.hides_reports and view.population.silos is not None:
         return [own]
     return [message.fields for message in view.group.all_gather(Message(own), "sample-level privacy")]
@@ -96,7 +96,7 @@ def gather_ledgers(view: RoundView, own: Ledger) -> list[Ledger]:
 
 
 def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta: float, method: Method) -> float:
-    """The smallest noise multiplier with which no client's epsilon exceeds the target in ``max_epochs`` rounds.
+    """The smallest noise multiplier such that no client's epsilon exceeds the target in ``max_epochs`` rounds.
 
     Raises:
         MisconfigurationException: If the number of rounds is not known.
@@ -109,12 +109,10 @@ def calibrate(trainer: L.Trainer, view: RoundView, target_epsilon: float, delta:
     counts: dict[Sampling, int] = {}
     for client in clients_here(view):
         for event, count in cost_of(view, client, 1.0, view.max_work):
-            # Of clients with the same sampling rate the one with the most steps spends most, so the others need no
-            # calculation.
+            # Among clients with the same sampling rate the one with the most steps spends most; skip the others.
             counts[event.sampling] = max(counts.get(event.sampling, 0), count * num_rounds)
     own = noise_multiplier_for_all(target_epsilon, delta, counts, method) if counts else 0.0
-    # Where ranks may know each other's figures, one multiplier serves all: any rank may have the client that needs
-    # most.
+    # If ranks may know each other's figures, all use the largest multiplier, which any rank's client may need.
     found = max(float(fields["noise"]) for fields in gather(view, {"noise": own}))
     rank_zero_info(
         f"noise_multiplier={found:.4f} keeps each client's epsilon within {target_epsilon:g} for {num_rounds} rounds, "

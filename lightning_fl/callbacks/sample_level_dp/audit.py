@@ -1,4 +1,4 @@
-"""An attack on the user's own module and data: what one example moves, and what that proves about epsilon."""
+"""An attack on the user's own module and data: the influence of one example, and the epsilon that it proves."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ SIZES, NUM_WITHOUT = (8, 31), 64
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit has found about one noisy step on a batch of all examples.
+    """The result of an audit of one noisy step on a batch of all examples.
 
     Args:
         claimed: The epsilon that the ledger claims.
-        proven: The epsilon that the attack proves, with 99.9% confidence.
-        moved: How far the example that moves the update most does so, relative to the noise of one step with noise
+        proven: The lower bound on epsilon that the attack proves, with 99.9% confidence.
+        moved: The largest influence of one example on the update, relative to the noise of one step with noise
             multiplier 1. A sound module stays at or below 1.
         refusal: Why the self-checks stop the module; None if they do not.
-        num_trials: Trials of the attack.
+        num_trials: Number of trials of the attack.
         delta: The delta of both epsilons.
     """
 
@@ -57,7 +57,7 @@ class Audit:
 
     @property
     def is_sound(self) -> bool:
-        """Whether nothing was proven beyond what is claimed."""
+        """Whether the proven epsilon does not exceed the claimed one."""
         return self.proven <= self.claimed
 
 
@@ -75,19 +75,19 @@ def audit(
     """Attacks a module on its own data, through ``Trainer.fit`` with the checks of :class:`SampleLevelDP` switched off.
 
     Each trial is a client that takes one step on all of its examples. A coin decides whether one of them, the canary,
-    takes part. A first half of the trials shows the attacker how the canary's presence shows in what the client sends;
-    of the others it has to tell. Its errors bound epsilon from below.
+    is included. From the first half of the trials the attacker learns how the canary's presence affects the update; for
+    the others it has to guess. Its error rates give a lower bound on epsilon.
 
     Args:
         module: The module; it is copied.
-        data: A datamodule, a ``DataLoader`` or ``ClientLoaders``, of which one client's is used.
-        noise_multiplier: The noise of a step.
-        max_grad_norm: The clip norm.
-        delta: The delta at which epsilon is claimed and proven.
-        num_trials: Trials; more prove more.
-        strict: As for :class:`SampleLevelDP`.
-        precision: The Trainer's precision.
-        seed: Of the coins, and of the choice of examples.
+        data: A datamodule, a ``DataLoader`` or ``ClientLoaders``, of which one client's loader is used.
+        noise_multiplier: The noise of a step. Default 1.
+        max_grad_norm: The clip norm. Default 1.
+        delta: The delta at which epsilon is claimed and proven. Default 1e-5.
+        num_trials: Number of trials; more give a tighter bound. Default 400.
+        strict: As for :class:`SampleLevelDP`. Default False.
+        precision: The Trainer's precision. Default ``"32-true"``.
+        seed: Seed of the coins, and of the choice of examples. Default 0.
 
     Raises:
         MisconfigurationException: If :class:`SampleLevelDP` can't train the module at all.
@@ -99,7 +99,7 @@ def audit(
     rng = np.random.default_rng(seed)
     refusal = attack.refusal()
     candidates = attack.candidates(rng)
-    # Which of them shows most, without noise?
+    # Find the candidate with the largest influence, without noise.
     quiet = attack.updates([(*candidate, there) for candidate in candidates for there in (False, True)], 0.0)
     # Times the number of examples, by which a step's sum is divided.
     shown = [
@@ -108,7 +108,7 @@ def audit(
     ]
     most = shown.index(max(shown))
     (base, canary), direction = candidates[most], quiet[2 * most + 1] - quiet[2 * most]
-    # What does the noise look like where it is away?
+    # The noise of updates without the canary.
     away = torch.stack(attack.updates([(base, canary, False)] * NUM_WITHOUT, noise_multiplier))
     middle, variance = away.mean(0), away.var(0)
     weights = direction / (variance + 1e-9 * variance.mean() + 1e-30)
@@ -143,11 +143,11 @@ class _Attack:
             raise MisconfigurationException(f"An audit needs at least 3 examples, found {num_examples}.")
 
     def candidates(self, rng: np.random.Generator) -> list[tuple[list[int], int]]:
-        """Canaries, rare labels among them, each with few or many other examples that are always there."""
+        """Canaries, including rare labels, each with few or many other examples that are always included."""
         labels, found = stored_labels(self.dataset), []
         for canary in unlike_examples(self.dataset):
             is_other = np.arange(len(self.dataset)) != canary
-            # In the company of other labels an example shows most.
+            # An example has the largest influence among examples of other labels.
             if labels is not None and (labels != labels[canary]).sum() > 1:
                 is_other &= labels != labels[canary]
             others = rng.permutation(np.flatnonzero(is_other))
@@ -165,7 +165,7 @@ class _Attack:
         return None
 
     def updates(self, trials: Sequence[tuple[list[int], int, bool]], noise_multiplier: float) -> list[Tensor]:
-        """What the clients send that hold some examples and a canary, which is drawn or not."""
+        """The updates of clients with the given examples and a canary, which is included or not."""
         loaders = [self._loader([*base, canary], len(base) + 1) for base, canary, _ in trials]
         without = {number: len(base) for number, (base, _, is_there) in enumerate(trials) if not is_there}
         callback = _Unchecked(without, noise_multiplier, **self.options)
@@ -206,7 +206,7 @@ class _Attack:
 
 
 class _Unchecked(SampleLevelDP):
-    """Trains as shipped but without the checks, and leaves one example of some clients out of every batch."""
+    """Trains as usual but without the checks, and leaves one example of some clients out of every batch."""
 
     def __init__(self, without: Mapping[Any, int], noise_multiplier: float, **options: Any) -> None:
         super().__init__(noise_multiplier, method="rdp", **options)
@@ -259,7 +259,7 @@ class _Without(Sampler[list[int]]):
 
 
 class _Eavesdrop(FederatedCallback):
-    """What each client sends."""
+    """Records each client's update."""
 
     def __init__(self) -> None:
         self.seen: dict[ClientId, Tensor] = {}
@@ -275,7 +275,7 @@ class _Eavesdrop(FederatedCallback):
 
 def _loader_of(data: Any) -> Any:
     if isinstance(data, L.LightningDataModule):
-        # Some datamodules give the loaders of clients to a federated strategy only.
+        # Some datamodules return the clients' loaders only to a federated strategy.
         data.trainer = L.Trainer(strategy="fedavg", logger=False, enable_checkpointing=False, accelerator="cpu")
         data.prepare_data()
         data.setup("fit")
@@ -290,7 +290,7 @@ def _upper_limit(errors: int, trials: int) -> float:
 
 
 def _proven(errors: Sequence[float], delta: float) -> float:
-    """The epsilon of the Gaussian with the least separation that such errors need."""
+    """The epsilon of the Gaussian mechanism with the smallest separation that explains such error rates."""
     separation = sum(-NormalDist().inv_cdf(min(max(error, 1e-12), 1 - 1e-12)) for error in errors)
     if separation <= 0:
         return 0.0

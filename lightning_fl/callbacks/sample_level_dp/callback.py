@@ -46,13 +46,13 @@ from lightning_fl.types import Aggregate, ClientId, LocalRun, Update
 
 ADVERSARY = "whoever sees what a client sends, its server included, but not the training metrics that the module logs"
 TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 2e-3}
-"""How far gradients may be apart that should be equal; they are compared without autocast."""
+"""Tolerance for gradients that should be equal; they are compared without autocast."""
 MEAN_TOLERANCES = {"64-true": 1e-6, "32-true": 2e-3, "bf16-mixed": 0.1}
-"""How far a step's gradient may be from the mean of the per-sample ones, in the precision of training."""
+"""Tolerance between a step's gradient and the mean of the per-sample ones, in the precision of training."""
 BATCH_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 
 
-# Weak, because to remember a module must not keep its tensors in memory.
+# Weak references, because remembering a module must not keep its tensors in memory.
 _TRAINED: WeakSet[L.LightningModule] = WeakSet()
 """Modules that have been trained by a callback of this class."""
 
@@ -95,8 +95,8 @@ class SampleLevelDP(FederatedCallback):
     replaces a batch's gradient, where each of a client's :math:`n` examples is in the batch :math:`B` with probability
     :math:`q = \min(1, b / n)` for a ``batch_size`` of b, drawn from the operating system's randomness. An empty batch
     releases noise only. Changes of gradients by an algorithm, such as FedProx, and the optimizer's step come after.
-    Protected is the presence of one example of a client, in everything that the client sends in all its rounds; the
-    numbers of examples and steps of a client are public, and so is who takes part.
+    The guarantee protects the presence of one example of a client, in everything that the client sends in all its
+    rounds; a client's numbers of examples and steps are public, and so is its participation.
 
     Each client's state, and so the checkpoint, holds a ledger over all its rounds; a round's steps are recorded before
     the client trains. Every round logs the largest epsilon of any client. Settings that break the guarantee are
@@ -109,16 +109,17 @@ class SampleLevelDP(FederatedCallback):
         delta: The delta at which epsilon holds.
         target_epsilon: Instead of ``noise_multiplier``: uses the smallest noise with which no client's epsilon exceeds
             this, if it takes part in all of ``max_epochs`` rounds.
-        max_epsilon: Training stops before a round that would make a client's epsilon larger. None: ``target_epsilon``.
-        max_physical_batch_size: The most examples in a forward pass; larger batches are split. None: no limit.
+        max_epsilon: Training stops before a round that would raise a client's epsilon above it. None:
+            ``target_epsilon``.
+        max_physical_batch_size: Maximum number of examples in a forward pass; larger batches are split. None: no limit.
         method: The accountant, as for :meth:`fl.privacy.Ledger.epsilon`.
         grad_sample_mode: ``"hooks"``: Opacus's rules for known layers; ``"functorch"``: any layer, slower.
         strict: Whether each example is collated alone and goes through ``training_step`` alone, under
-            ``torch.func.vmap``, so that nothing can join two examples, instead of being checked. It allows penalties
-            and parameters of the module itself; batches must hold tensors of one shape an example. About twice the
-            time of a step.
-        insecure_test_seed: Makes batches and noise repeat, for tests; the run is then NOT PRIVATE, and stays so if it
-            is resumed without the seed.
+            ``torch.func.vmap``, so that by construction no code can combine two examples; otherwise this is checked. It
+            allows penalties and parameters of the module itself; batches must hold tensors in which every example has
+            the same shape. A step takes about twice the time.
+        insecure_test_seed: Makes batches and noise reproducible, for tests; the run is then NOT PRIVATE, and stays so
+            if it is resumed without the seed.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -152,8 +153,8 @@ class SampleLevelDP(FederatedCallback):
     ) -> None:
         if (noise_multiplier is None) == (target_epsilon is None):
             raise ValueError(
-                f"SampleLevelDP got noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}; give one "
-                "of them: how much noise, or how large epsilon may become."
+                f"SampleLevelDP got noise_multiplier={noise_multiplier} and target_epsilon={target_epsilon}; give "
+                "exactly one of them: the noise, or the largest epsilon."
             )
         if noise_multiplier is not None:
             # Built for its checks only.
@@ -170,8 +171,8 @@ class SampleLevelDP(FederatedCallback):
         if grad_sample_mode not in ("hooks", "functorch"):
             raise ValueError(
                 f"SampleLevelDP got grad_sample_mode={grad_sample_mode!r}; expected 'hooks' or 'functorch'. "
-                "Ghost clipping needs a second backward pass, which automatic optimization does not give it; to save "
-                "memory set max_physical_batch_size."
+                "Ghost clipping needs a second backward pass, which automatic optimization does not allow; to save "
+                "memory, set max_physical_batch_size."
             )
         if strict and grad_sample_mode != "hooks":
             raise ValueError(
@@ -210,11 +211,11 @@ class SampleLevelDP(FederatedCallback):
         self._has_warned_of_delta = False
         self._shared = SharedExamples()
         self._released: dict[str, float] = {}
-        """Noise multipliers of the releases, by id, that preprocessing has made of the clients' data."""
+        """Noise multipliers of the releases by preprocessing about the clients' data, by id."""
 
     @property
     def is_private(self) -> bool:  # type: ignore[override]
-        """Whether there is noise, and nobody can compute it."""
+        """Whether there is noise, and it is unpredictable."""
         return self.noise_multiplier != 0 and self.insecure_test_seed is None
 
     @property
@@ -226,7 +227,7 @@ class SampleLevelDP(FederatedCallback):
     # ---- before the rounds
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuses settings that break the guarantee, as far as they are known before the data is loaded."""
+        """Refuses settings that break the guarantee and are known before the data is loaded."""
         if stage == "fit":
             check_settings(trainer, pl_module, self.strict)
 
@@ -239,7 +240,7 @@ class SampleLevelDP(FederatedCallback):
         optimizer = check_training(trainer, pl_module, self.strict)
         check_sampler()
         check_source()
-        # What no optimizer steps is not released, so it does not count in the norm that is clipped.
+        # Parameters that no optimizer steps are not released, so they don't count in the clipped norm.
         trained = {id(param) for group in optimizer.param_groups for param in group["params"]}
         params = {
             name: param for name, param in pl_module.named_parameters() if param.requires_grad and id(param) in trained
@@ -254,17 +255,17 @@ class SampleLevelDP(FederatedCallback):
         self._drawn.clear()
         self._watch = NoiseWatch()
         if trainer.current_epoch == 0:
-            # A new callback knows nothing of what another one has released of the same clients.
+            # A new callback does not know the releases of another one about the same clients.
             if self._next_round or pl_module in _TRAINED:
                 rank_zero_warn(
-                    "This fit starts at round 0, and its clients start with new ledgers. If they hold the examples of "
-                    "the last fit, add the ledgers of that fit: SampleLevelDP.ledgers(trainer) returns those of a fit."
+                    "This fit starts at round 0, and its clients start with new ledgers. If their data are those of "
+                    "the last fit, add that fit's ledgers, which SampleLevelDP.ledgers(trainer) returns."
                 )
             self._next_round, self._was_without, self._was_insecure = 0, False, False
             self._released = {}
         self._book_release(trainer)
         _TRAINED.add(pl_module)
-        # Noise that a known seed repeats protects nobody; without the seed nothing else would remember it.
+        # Noise from a known seed protects nobody; a run resumed without the seed must still know that it was used.
         self._was_without |= self._was_insecure and self.insecure_test_seed is None
         self._detach()
         try:
@@ -304,19 +305,20 @@ class SampleLevelDP(FederatedCallback):
         check_settings(trainer, module, self.strict)
         if self.insecure_test_seed is None:
             check_source()
-        # All that leaves and not only what the optimizer holds: a code book or a prototype that training_step writes to
-        # would leave as it is. Sorted anew in each round, since callbacks freeze and unfreeze layers.
+        # All parameters that leave the client, not only those of the optimizer: a code book or a prototype that
+        # training_step writes to would leave without noise. Determined again in each round, since callbacks freeze and
+        # unfreeze layers.
         trainable = view.trainer.tensors.trainable
         self._params = TensorWatch(
             lambda: trainable,
-            "Only the optimizer's step may change what requires a gradient: no Embedding(max_norm=...), and no writing "
-            "to parameters, such as a code book or prototypes, in training_step or hooks. What each client may have "
-            "for itself can be a personal buffer.",
+            "Only the optimizer's step may change parameters that require a gradient: no Embedding(max_norm=...), and "
+            "no writing to parameters, such as a code book or prototypes, in training_step or hooks. Values that may "
+            "differ between clients can be a personal buffer.",
         )
         # Rounds in between were trained without this callback, so without noise.
         self._was_without |= round > self._next_round
         self._round = round
-        # The ranks of a simulation are one party: each looks at the examples of the others' clients too.
+        # The ranks of a simulation are one party: each also checks the examples of the other ranks' clients.
         if view.population.silos is None:
             for client in view.cohort:
                 if client not in view.clients:
@@ -330,9 +332,9 @@ class SampleLevelDP(FederatedCallback):
             self._check_budget(view, after)
 
     def on_client_start(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """Records in the client's ledger what its training will release, before it trains."""
+        """Records the releases of the client's training in its ledger, before it trains."""
         cost, loader = accounting.cost_of(view, client, self._sigma), accounting.loader_of(view, client)
-        # Recorded before the first step and outside the round's transaction: a round that fails may have released
+        # Recorded before the first step and outside the round's transaction: even a failed round may have released
         # something.
         view.record_ledger(client, pack((accounting.ledger_of(view, client) + cost).state_dict()))
         noise = NoisySum(
@@ -345,8 +347,8 @@ class SampleLevelDP(FederatedCallback):
             str(client),
         )
         num_steps, counts = sum(accounting.steps_of(view, client)), np.zeros(loader.num_examples, dtype=np.int64)
-        # The first client's first step, because a module may keep something of the first batch that it sees; otherwise
-        # at a step that nobody can foresee.
+        # For the first client its first step, because a module may store something of the first batch that it sees;
+        # otherwise an unpredictable step.
         check_at = SystemRandom().randrange(max(num_steps, 1)) if self._has_checked else 0
         self._training = _ClientTraining(client, loader, noise, num_steps, counts, check_at, bool(trainer.should_stop))
         self._params.note()
@@ -360,11 +362,11 @@ class SampleLevelDP(FederatedCallback):
             )
 
     def on_phase_end(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """Checks that nothing has been written since the phase's last step."""
+        """Checks that no parameter was written to since the phase's last step."""
         self._params.check("after the last step")
 
     def on_next_phase(self, trainer: L.Trainer, module: L.LightningModule, client: ClientId, view: RoundView) -> None:
-        """Takes note of the model that the algorithm has loaded for another phase."""
+        """Records the model that the algorithm loaded for another phase."""
         self._params.note()
         self._buffers.note()
 
@@ -380,7 +382,7 @@ class SampleLevelDP(FederatedCallback):
         self._params.check("between two steps")
         self._buffers.check("between two steps")
         if not size:
-            # An empty batch takes a step too, on noise alone: to skip it would show that no example was drawn.
+            # An empty batch takes a step on noise alone: skipping it would reveal that no example was drawn.
             return next(iter(self._gradients.params.values())).sum() * 0.0
         results = internals.train_results(trainer)
         if isinstance(self._gradients, StrictGradients):
@@ -404,7 +406,7 @@ class SampleLevelDP(FederatedCallback):
             self._gradients.start()
             outputs = step(part, *rest, **kwargs)
             loss = _loss(outputs)
-            # The backward pass of the last part is Lightning's own, which needs a loss with a graph.
+            # Lightning itself runs the backward pass of the last part, which needs a loss with a graph.
             if start != starts[-1]:
                 loss.backward()
                 self._add_part()
@@ -434,7 +436,7 @@ class SampleLevelDP(FederatedCallback):
         for name, grad in training.noise.release(gradients.params).items():
             gradients.params[name].grad = grad
         trained = {id(param) for param in gradients.params.values()}
-        # A gradient that was neither clipped nor noised must not be left for a callback or a logger to read.
+        # No callback or logger may read a gradient that was neither clipped nor noised.
         for param in pl_module.parameters():
             if id(param) not in trained:
                 param.grad = None
@@ -456,13 +458,13 @@ class SampleLevelDP(FederatedCallback):
         self._draws.add(training.counts, np.array(training.sizes, dtype=np.int64), training.loader.rate)
         if self._draws.problem is not None:
             raise PrivacyError(f"The batches are not drawn by Poisson sampling: {self._draws.problem}. The run stops.")
-        # Buffers leave the client without noise, so training may not change them.
+        # Buffers leave the client without noise, so training must not change them.
         changed = [name for name, value in (update.buffers if update else {}).items() if bool(value.count_nonzero())]
         if changed:
             raise PrivacyError(
-                f"Local training has changed the buffer {changed[0]}, which would leave client {client!r} without "
-                "noise. The run stops. Let training change no buffers: keep what is only logged in an attribute or a "
-                "torchmetric, and what each client may have for itself in a personal buffer."
+                f"Local training changed the buffer {changed[0]}, which would leave client {client!r} without noise. "
+                "The run stops. Training must not change buffers: keep values that are only logged in an attribute or "
+                "a torchmetric, and values that may differ between clients in a personal buffer."
             )
 
     def on_aggregate_end(
@@ -494,13 +496,13 @@ class SampleLevelDP(FederatedCallback):
             self._words = words
             for logger in trainer.loggers:
                 logger.log_hyperparams(words)
-        # Where silos hide the sizes of their data, a rank has only its own answer; if it stopped alone, the others
+        # If silos hide the sizes of their data, a rank knows only its own answer; if it stopped alone, the others
         # would wait for it. The check at the next round's start then refuses the round.
         if any(fields["over"] for fields in ranks) and len(ranks) == view.group.size:
             trainer.should_stop = True
             rank_zero_info(
-                f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a client that takes "
-                "part in it."
+                f"Training stops: another round would exceed max_epsilon={self.max_epsilon:g} for a participating "
+                "client."
             )
 
     # ---- ledgers
@@ -550,14 +552,14 @@ class SampleLevelDP(FederatedCallback):
             return
         if self.target_epsilon is not None:
             raise MisconfigurationException(
-                "target_epsilon chooses the noise of the training alone, but the data was scaled by a release that "
-                "costs privacy too. Give noise_multiplier and max_epsilon, or a schema of public knowledge alone."
+                "target_epsilon chooses the noise for the training only, but the data was scaled by a release that "
+                "costs privacy too. Give noise_multiplier and max_epsilon, or a schema from public knowledge only."
             )
         # Whether it protects examples or whole clients: the latter protects each of their examples too.
         self._released[release.id] = release.noise_multiplier
 
     def _before_training(self) -> Ledger:
-        """What preprocessing has released of every client's data."""
+        """The releases by preprocessing about every client's data."""
         ledger = Ledger()
         for noise_multiplier in self._released.values():
             ledger.record(Gaussian(noise_multiplier))
@@ -592,23 +594,23 @@ class SampleLevelDP(FederatedCallback):
         epsilon = exceeding(each, self.max_epsilon, self.delta, self.method, self._shared.largest)
         if epsilon is not None:
             raise PrivacyBudgetExceeded(
-                f"Round {self._round} would make a client's epsilon {float(epsilon):.4g}, more than "
-                f"max_epsilon={self.max_epsilon:g}. Stop here, or raise max_epsilon or the noise before you start."
+                f"Round {self._round} would raise a client's epsilon to {float(epsilon):.4g}, above "
+                f"max_epsilon={self.max_epsilon:g}. Stop here, or start with a larger max_epsilon or more noise."
             )
 
     def _take_draw(self, batch: Any) -> int:
-        """Makes sure that a batch is the one that was drawn; returns its number of examples."""
+        """Checks that a batch is the one that was drawn; returns its number of examples."""
         self._has_gradient = False
         if self._training is None or not self._drawn:
             raise PrivacyError("A batch was not drawn by Poisson sampling. The run stops.")
-        # In order of drawing, because a loader may draw ahead of training.
+        # In order of drawing, because a loader may prefetch.
         chosen = self._drawn.popleft()
         size = num_rows(batch)
-        # An example that stood twice in a batch would be clipped twice and weigh up to twice the clip norm.
+        # An example that is twice in a batch would be clipped twice and contribute up to twice the clip norm.
         if size != len(chosen) or len(np.unique(chosen)) != size:
             raise PrivacyError(
-                f"{len(chosen)} examples were drawn, but the batch has {size}. The run stops. A batch must hold the "
-                "examples drawn and no others, one each."
+                f"{len(chosen)} examples were drawn, but the batch has {size}. The run stops. A batch must hold each "
+                "drawn example once and no others."
             )
         self._training.counts[chosen] += 1
         self._training.sizes.append(size)
@@ -625,8 +627,8 @@ class SampleLevelDP(FederatedCallback):
         assert self._gradients is not None
         assert self._training is not None
         training, module, precision = self._training, trainer.lightning_module, str(trainer.precision)
-        # Past the Trainer's step, which would enter autocast: rounding to 16 bits hides what a sum over many examples
-        # does not.
+        # Bypasses the Trainer's step, which would enter autocast: rounding to 16 bits could hide differences that a sum
+        # over many examples reveals.
         call = module.training_step if precision == "bf16-mixed" else step
         dataset, collate, should_stop = training.loader.dataset, training.loader.collate_fn, trainer.should_stop
         items: dict[int, Any] = {}
@@ -641,7 +643,7 @@ class SampleLevelDP(FederatedCallback):
             return internals.transfer(trainer, collate([items[example] for example in examples]))
 
         with (
-            # The check must neither use up the client's random numbers nor log anything.
+            # The check must neither consume the client's random numbers nor log anything.
             isolated_randomness(_view(trainer).settings.seed, self._round, training.client, "check") as randomness,
             out_of_loop(trainer, training=True) as results,
         ):
@@ -659,7 +661,7 @@ class SampleLevelDP(FederatedCallback):
                     module.on_train_batch_end(outputs, rows, 0)
 
             seed = (_view(trainer).settings.seed, self._round, training.client, "check")
-            # Each comparison switches these on and off itself.
+            # Each comparison turns these on and off itself.
             hooks = [self._gradients.hooks] if isinstance(self._gradients, PerSampleGradients) else []
             check = SelfCheck(
                 self._gradients,
@@ -676,7 +678,7 @@ class SampleLevelDP(FederatedCallback):
         training.is_checked = self._has_checked = True
 
     def _together(self, view: RoundView, ledgers: Iterable[Ledger]) -> Iterable[Ledger]:
-        """The ledgers themselves, or one for all ranks if clients share examples, which then pay in several."""
+        """The ledgers themselves, or one for all ranks if clients share examples, whose privacy cost then adds up."""
         if self._shared.largest == 1:
             return ledgers
         own = dominating(ledgers)
@@ -689,10 +691,10 @@ class SampleLevelDP(FederatedCallback):
         self._shared.add(client, loader.dataset)
         if self._shared.largest > before:
             rank_zero_warn(
-                f"An example appears {self._shared.largest} times in the clients' data, so together its copies reveal "
-                "more of it than each client's epsilon says. From now on the logged epsilon and max_epsilon count "
-                f"them, as SampleLevelDP.epsilons(trainer, group={self._shared.largest}) does. Give each example to "
-                "one client, once. (Copies elsewhere in memory, and those that other silos hold, are not looked for.)"
+                f"An example appears {self._shared.largest} times in the clients' data, so its copies together reveal "
+                "more about it than each client's epsilon states. From now on, the logged epsilon and max_epsilon "
+                f"account for them, like SampleLevelDP.epsilons(trainer, group={self._shared.largest}). Give each "
+                "example to one client, once. (Copies elsewhere in memory, and those of other silos, are not detected.)"
             )
 
     # ---- steps
@@ -713,7 +715,7 @@ class SampleLevelDP(FederatedCallback):
         return args[:1], {**kwargs, "closure": checked}
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        # The optimizer's own hook sees every step, also one that bypasses the Trainer's.
+        # The optimizer's own hook sees every step, even one that bypasses the Trainer.
         if self._training is not None:
             if not self._has_gradient:
                 raise PrivacyError("The optimizer has taken a step on a gradient that is not private. The run stops.")
@@ -727,16 +729,16 @@ class SampleLevelDP(FederatedCallback):
         num_steps = sum(accounting.steps_of(view, training.client))
         if training.steps_taken != num_steps:
             raise PrivacyError(
-                f"Client {training.client!r} has taken {training.steps_taken} optimizer steps, recorded are "
-                f"{num_steps}. The run stops: which steps are skipped can depend on the examples. An overridden "
+                f"Client {training.client!r} took {training.steps_taken} optimizer steps, but {num_steps} are "
+                "recorded. The run stops, because skipping steps can depend on the examples. An overridden "
                 "optimizer_step must take each step."
             )
         timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]  # type: ignore[attr-defined]
         if trainer.should_stop and not training.should_stop and not any(map(_is_over, timers)):
             raise PrivacyError(
-                f"trainer.should_stop was set while client {training.client!r} trained, so when training ends can "
-                "depend on its examples, which the noise does not cover. The run stops. Decide by public validation "
-                "data: EarlyStopping on a validation metric, or max_epochs."
+                f"trainer.should_stop was set while client {training.client!r} was training, so the end of training "
+                "may depend on its examples, which the noise does not cover. The run stops. Decide by public "
+                "validation data: use EarlyStopping on a validation metric, or max_epochs."
             )
 
     def _detach(self) -> None:

@@ -24,12 +24,12 @@ def refuse(found: str) -> MisconfigurationException:
 
 
 def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool = False) -> None:
-    """Checks what is known before the data is loaded, and again in every round, since callbacks may change it.
+    """Checks the settings before the data is loaded, and again in every round, since callbacks may change them.
 
     Args:
         trainer: The Trainer.
         module: The module.
-        strict: Whether each example must be alone by construction.
+        strict: Whether each example is processed alone by construction.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.
@@ -41,18 +41,19 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool =
         )
     if not module.automatic_optimization:
         raise refuse(
-            "the module optimizes by hand, past the clipping. Set automatic_optimization=True, with one optimizer"
+            "the module optimizes manually, which bypasses the clipping. Set automatic_optimization=True, with one "
+            "optimizer"
         )
     if trainer.accumulate_grad_batches != 1:
         raise refuse(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches} adds up batches of which each needs noise of "
-            "its own. Leave it at 1, take a larger batch_size, and bound the memory with "
+            f"accumulate_grad_batches={trainer.accumulate_grad_batches} sums batches that each need their own noise. "
+            "Leave it at 1, use a larger batch_size, and limit the memory with "
             "SampleLevelDP(max_physical_batch_size=...)"
         )
     if trainer.gradient_clip_val:
         raise refuse(
-            f"gradient_clip_val={trainer.gradient_clip_val} clips sums of gradients, not those of the examples, and "
-            "after the noise. Leave it out: max_grad_norm clips each example's"
+            f"gradient_clip_val={trainer.gradient_clip_val} clips the noisy sum of gradients, not each example's. "
+            "Leave it out: max_grad_norm clips each example's"
         )
     if trainer.precision not in PRECISIONS:
         raise refuse(
@@ -68,28 +69,28 @@ def check_settings(trainer: L.Trainer, module: L.LightningModule, strict: bool =
             "noise. Use another algorithm, or an option of it without that measurement"
         )
     if trainer.strategy.algorithm.needs_gradient_at:
-        raise refuse(f"{name} looks at the gradient of a batch at several points, without noise. Use another algorithm")
+        raise refuse(f"{name} computes the gradient of a batch at several points, without noise. Use another algorithm")
     holders = [(module, L.LightningModule), (getattr(trainer, "datamodule", None), L.LightningDataModule)]
     for holder, base in holders if strict else ():
         for hook in TRANSFER_HOOKS:
             if holder is not None and hooks.is_overridden(holder, hook, base):
                 raise refuse(
-                    f"strict=True lets no code see two examples, but {type(holder).__name__} has its own {hook}, which "
-                    "gets whole batches. Do the same in the data set or in training_step"
+                    f"strict=True allows no code to see two examples, but {type(holder).__name__} has its own {hook}, "
+                    "which gets whole batches. Do the same in the data set or in training_step"
                 )
-    # An override is enough to refuse: what it does to gradients can't be seen from outside.
+    # Any override is refused, because its effect on gradients can't be known from outside.
     for hook in ("backward", "configure_gradient_clipping"):
         if is_overridden(hook, module):
-            raise refuse(f"the module has its own {hook}, which could change gradients past the clipping. Remove it")
+            raise refuse(f"the module has its own {hook}, which could bypass the clipping of gradients. Remove it")
 
 
 def check_training(trainer: L.Trainer, module: L.LightningModule, strict: bool = False) -> Optimizer:
-    """Checks what is known only when training starts; returns the optimizer.
+    """Checks settings that are known only when training starts; returns the optimizer.
 
     Args:
         trainer: The Trainer.
         module: The module.
-        strict: Whether gradients are computed without Opacus, which does not know all layers.
+        strict: Whether gradients are computed without Opacus, which does not support all layers.
 
     Raises:
         MisconfigurationException: If something breaks the guarantee.
@@ -97,11 +98,11 @@ def check_training(trainer: L.Trainer, module: L.LightningModule, strict: bool =
     strategy: Any = trainer.strategy
     if strategy.view.trains_groups:
         raise refuse("engine='vectorized' trains several clients in one step. Use engine='sequential'")
-    # Each look at the batch would release a gradient, but the ledger counts one for each step.
+    # Each evaluation of the batch would release a gradient, but the ledger counts one per step.
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
-        raise refuse("LBFGS looks at a batch several times in a step. Use another optimizer")
+        raise refuse("LBFGS evaluates a batch several times in a step. Use another optimizer")
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        # Models that it trains leave no trace in a ledger, yet their metrics depend on the clients' examples.
+        # The models that it trains are in no ledger, but their metrics depend on the clients' examples.
         trains = isinstance(callback, PersonalizedEvaluation) and (callback.finetune_epochs, callback.local_epochs)
         if trains not in (False, (0, 0)):
             raise refuse(

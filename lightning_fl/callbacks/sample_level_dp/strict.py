@@ -1,4 +1,4 @@
-"""Per-sample gradients that hold by construction: each is that of a loss which has seen one example."""
+"""Per-sample gradients by construction: each is the gradient of a loss that depends on one example only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_fl.types import Tree
 class StrictGradients:
     r"""Computes :math:`\nabla_\theta \ell(\theta, x_i)` of each example by ``vmap(grad)`` of its own training step.
 
-    The step is given a batch of one and can see no other example, so nothing that it does can join two of them.
+    The step gets a batch of one example and can't see any other, so it can't combine two of them.
 
     Args:
         module: The module.
@@ -43,19 +43,19 @@ class StrictGradients:
         self.module = module
         self.params = dict(params)
         self.arguments: tuple[Sequence[Any], Mapping[str, Any]] = ((), {})
-        """What ``training_step`` gets beside the batch."""
+        """The arguments of ``training_step`` besides the batch."""
         self._context = context
         self._capture = LogCapture(module)
         self._step = _Step(module, self._capture)
 
     def step(self, batch: Any) -> tuple[Tensor, Tree]:
-        """Runs the training step for each example of a batch, with what it logs.
+        """Runs the training step for each example of a batch, including its logging.
 
         Returns:
-            The mean of the losses, and by parameter the gradients, of shape ``[num_examples, *param.shape]``.
+            The mean of the losses, and the gradients by parameter, of shape ``[num_examples, *param.shape]``.
 
         Raises:
-            PrivacyError: If the step can't run so, or keeps a tensor of an example.
+            PrivacyError: If the step can't run under ``vmap``, or stores a tensor of an example.
         """
         with self._context():
             losses, samples, logged = self._run(batch)
@@ -64,7 +64,7 @@ class StrictGradients:
         return losses.mean(), samples
 
     def of(self, loss_of: Callable[[Any], Tensor], batch: Any) -> Tree:
-        """The gradients of a batch's examples without what is logged, without dropout, and in full precision."""
+        """The gradients of a batch's examples without logging, without dropout, and in full precision."""
         with WithoutDropout():
             return self._run(batch)[1]
 
@@ -94,19 +94,19 @@ class StrictGradients:
         except (RuntimeError, ValueError, NotImplementedError) as error:
             raise PrivacyError(
                 f"SampleLevelDP(strict=True) runs training_step under torch.func.vmap, which raised: {error}. The step "
-                "may not write to buffers, read values with .item(), nor branch by them."
+                "must not write to buffers, read values with .item(), or branch on them."
             ) from error
         now = _kept(self.module)
         written = sorted(name for name in now if name not in before or not now[name].is_still(before[name]))
         if written:
             raise PrivacyError(
-                f"training_step keeps a tensor of an example in {', '.join(written)}. Under SampleLevelDP(strict=True) "
-                "nothing may be carried to another batch; log it instead."
+                f"training_step stores a tensor of an example in {', '.join(written)}. With "
+                "SampleLevelDP(strict=True), nothing may be carried over to another batch; log it instead."
             )
         assert len(losses) == size
         return losses, {name: grads[f"module.{name}"].detach() for name in self.params}, logged
 
-    # ---- what `PerSampleGradients` does around a backward pass, which there is none of here
+    # ---- the rest of the interface of `PerSampleGradients`; there is no backward pass here
 
     def start(self) -> None:
         """Does nothing."""
@@ -116,7 +116,7 @@ class StrictGradients:
         return {}
 
     def check_means(self, samples: Tree) -> None:
-        """Does nothing: no part of a loss goes past the gradients of the examples."""
+        """Does nothing: no part of the loss bypasses the per-example gradients."""
 
     def detach(self) -> None:
         """Does nothing: there are no hooks."""
@@ -146,7 +146,7 @@ class _Kept:
 
 
 def _kept(module: nn.Module) -> dict[str, _Kept]:
-    """The tensors that a module keeps beside its parameters."""
+    """The tensors that a module stores besides its parameters."""
     kept = {
         f"{name}.{key}".lstrip("."): value
         for name, part in module.named_modules()

@@ -1,4 +1,4 @@
-"""The data: a CSV file with a column that says to which site a row belongs. Put your own file and columns here."""
+"""The data: a CSV file with a column that names the site of each row. Put your own file and columns here."""
 
 import csv
 
@@ -13,7 +13,7 @@ FEATURES = ("temperature", "vibration", "pressure", "current")
 
 
 def read_sites(path: str) -> dict[str, dict[str, TensorDataset]]:
-    """For each site its rows for training, and of five rows one for validation ("val") and one for testing ("test")."""
+    """The rows of each site: of every five, one for validation ("val"), one for testing ("test"), three to train on."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     sites = {}
@@ -69,7 +69,7 @@ class SiloData(L.LightningDataModule):
         self.batch_size = batch_size
 
     def setup(self, stage: str) -> None:
-        # Rank 0 is the first site, and so on. A real site has a file of its own, and reads just that.
+        # Rank 0 is the first site, and so on. A real site has its own file, and reads only that.
         self.rows = read_sites(self.path)[self.sites[self.trainer.global_rank]]
 
     def train_dataloader(self) -> DataLoader:

@@ -8,12 +8,12 @@ from torchmetrics.classification import BinaryAccuracy
 
 
 class FailureModel(L.LightningModule):
-    """Tells from the readings of a machine whether it fails."""
+    """Predicts from the readings of a machine whether it fails."""
 
     def __init__(self, num_features: int = 4, hidden: int = 16, lr: float = 0.05) -> None:
         super().__init__()
         self.save_hyperparameters()
-        # No BatchNorm: sites with different data have different statistics. GroupNorm and LayerNorm do no harm.
+        # No BatchNorm: sites with different data have different statistics. GroupNorm and LayerNorm are fine.
         self.net = nn.Sequential(nn.Linear(num_features, hidden), nn.ReLU(), nn.Linear(hidden, 2))
         self.lr = lr
         self.val_acc = BinaryAccuracy()
@@ -45,5 +45,5 @@ class FailureModel(L.LightningModule):
         return self.net(batch[0]).softmax(1)[:, 1]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        # Each site starts a round with a fresh optimizer, unless the strategy says client_optimizer: keep.
+        # Each site starts a round with a new optimizer, unless the strategy has client_optimizer: keep.
         return torch.optim.SGD(self.parameters(), lr=self.lr)

@@ -1,4 +1,4 @@
-"""How one data set is split among simulated clients."""
+"""Partitioners, which split one data set among simulated clients."""
 
 from lightning_fl.data.partitioners.feature_skew import FeatureNoise
 from lightning_fl.data.partitioners.label_skew import Dirichlet, LabelsPerClient, Shards

@@ -20,7 +20,7 @@ class Dirichlet(Partitioner):
 
     .. math:: p_k \sim \mathrm{Dir}_m(\alpha, \dots, \alpha),
 
-    so clients differ in labels and in size, and :math:`E \sum_i p_{ki}^2 = (\alpha+1)/(m\alpha+1)`.
+    so clients differ in label distribution and size, and :math:`E \sum_i p_{ki}^2 = (\alpha+1)/(m\alpha+1)`.
 
     ``per="client"`` (Hsu et al.): each client :math:`i` draws its own mix of the classes
 
@@ -34,7 +34,7 @@ class Dirichlet(Partitioner):
 
     Args:
         alpha: Concentration, positive and finite. For identically distributed clients use :class:`IID`.
-        per: Which of the two conventions, ``"class"`` or ``"client"``.
+        per: The convention, ``"class"`` or ``"client"``.
         min_size: Minimum number of samples per client. A draw that gives a client fewer is repeated.
         max_tries: Number of draws before giving up.
         num_bins: Number of quantile bins that serve as classes if the targets are continuous.

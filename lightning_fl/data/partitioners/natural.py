@@ -74,7 +74,7 @@ class NaturalColumn(_NamedClients):
 
 @dataclass(frozen=True)
 class MappingFile(_NamedClients):
-    """The split in a JSON file ``{"client": [sample, ...], ...}``, in which each sample occurs exactly once.
+    """Reads the split from a JSON file ``{"client": [sample, ...], ...}``, in which each sample occurs exactly once.
 
     :func:`save_mapping` writes such a file from any partition.
 
@@ -135,7 +135,7 @@ def _refuse_repeated_clients(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     # json.loads keeps only the last value of a repeated key, which would silently drop samples
     repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if repeated:
-        raise ValueError(f"The mapping file has client {repeated[0]!r} twice; join its samples in one list.")
+        raise ValueError(f"The mapping file has client {repeated[0]!r} twice; put its samples into one list.")
     return dict(pairs)
 
 

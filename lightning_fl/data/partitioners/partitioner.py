@@ -1,4 +1,4 @@
-"""Partitioners: how one data set is split among simulated clients."""
+"""The interface of partitioners, which split one data set among simulated clients."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Partitioner(ABC):
                 f"{type(dataset).__name__} cannot be partitioned: expected a map-style data set with a length. Give "
                 "each client its own loader with fl.datamodules.ClientLoaders."
             )
-        # A number below 1 is left as it is, for the error that follows.
+        # A number below 1 is left unchanged, for the error that follows.
         if num_clients is None or num_clients > 0:
             num_clients = len(self.client_ids(dataset, num_clients))
         if not 1 <= num_clients <= len(dataset):
@@ -62,7 +62,7 @@ class Partitioner(ABC):
         if len(parts) != num_clients:
             raise ValueError(
                 f"{self} gave {len(parts)} parts for {num_clients} clients; `split` must give one part per client. "
-                "If the data says who the clients are, override `client_ids` too."
+                "If the data defines the clients, override `client_ids` too."
             )
         owner = _owners(parts, len(dataset), str(self))
         # a stable argsort of the owners groups the samples by client and keeps each client's samples sorted

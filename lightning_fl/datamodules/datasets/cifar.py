@@ -126,7 +126,7 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
         with tarfile.open(archive, "r:gz") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
-                # Never unpacked: a path in an archive may point outside of the folder.
+                # Not unpacked to disk: a path in an archive may point outside of the folder.
                 stream = tar.extractfile(member) if member.isfile() and name in names else None
                 if stream is not None:
                     contents[name] = stream.read()

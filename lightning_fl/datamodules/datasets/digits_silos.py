@@ -1,4 +1,4 @@
-"""Handwritten digits divided among silos: each process holds only those of its silo."""
+"""Handwritten digits divided among silos; each process holds only its silo's digits."""
 
 from __future__ import annotations
 

@@ -12,19 +12,19 @@ from torch.utils.data import TensorDataset
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 
 SCALES = {"age": (62.0, 9.0), "sex": (1.5, 0.5), "ph.ecog": (1.0, 0.7)}
-"""Round figures by which features are centred and scaled; they are no secret of any institution."""
+"""Round numbers by which features are centred and scaled; they reveal nothing about any institution."""
 
 
 class LungDataModule(NaturalDataModule):
-    """The NCCTG lung cancer data, a client an institution: age, sex and ECOG score, days until death or censoring.
+    """The NCCTG lung cancer data, one client per institution: age, sex, ECOG score, and days until death or censoring.
 
-    Samples are pairs of float32 features ``[num_features]``, scaled by round figures, and float32 ``[2]``, days and
-    event (1: died). Rows without one of them are left out.
+    Samples are pairs of float32 features ``[num_features]``, scaled by round numbers, and float32 ``[2]``: days and
+    event (1: died). Rows with a missing value are left out.
 
     Args:
-        path: The CSV file, as ``examples/lung.csv``, with the columns inst, time, status (True, or 2, or 1 of 0 and 1:
-            died) and the features.
-        features: Columns out of age, sex and ph.ecog.
+        path: A CSV file like ``examples/lung.csv``, with the columns inst, time, status and the features. The largest
+            value of status means that the patient died (True; 2 of 1 and 2; 1 of 0 and 1).
+        features: Some of the columns age, sex and ph.ecog.
         **kwargs: ``batch_size``, ``val_share``, ``test_share``, ``seed``, ``num_workers`` and ``eval_batch_size``; see
             :class:`NaturalDataModule`.
 

@@ -31,7 +31,7 @@ class MNIST1DDataModule(CentralDataModule):
     """MNIST-1D: 4,000 + 1,000 signals of 40 values, each a digit's outline, stretched, shifted, sheared and noisy.
 
     Signals are float32 of shape ``[40]`` with mean 0 and variance 1 over all signals; labels are 0 to 9. They are
-    generated as in the paper but from other random numbers, so they differ from the signals in the paper's file.
+    generated as in the paper but with different random numbers, so they differ from the signals in the paper's file.
 
     Args:
         num_samples: Number of signals, a multiple of 10.

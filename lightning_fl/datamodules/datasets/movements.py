@@ -1,4 +1,4 @@
-"""Made signals of a sensor that people wear, each in their own way."""
+"""Synthetic signals of a sensor that people wear, each in their own way."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ KINDS = 4
 
 
 class MovementsDataModule(NaturalDataModule):
-    r"""Windows of a three-axis sensor during one of four movements, a client a person.
+    r"""Synthetic windows of a three-axis sensor during one of four movements; each person is a client.
 
-    The movements are a sine, its rectified form, a square wave and two tones together. Each person has a tempo, a
-    strength, a noise and a direction in which the sensor is worn, so that people differ more than movements do.
-    Samples are float32 ``[3, length]``, labels int64. A person's windows are made from the seed and its number when
+    The movements are a sine wave, a rectified sine wave, a square wave and a sum of two tones. Each person has a tempo,
+    an amplitude, a noise level and a sensor orientation, so that people differ more than movements do. Samples are
+    float32 ``[3, length]``, labels int64. A person's windows are generated from the seed and the person's number when
     they are needed.
 
     Args:
         num_clients: Number of people.
-        windows: Windows of each person.
-        length: Values of a window.
+        windows: Number of windows per person.
+        length: Number of time steps in a window.
         batch_size: Examples per training batch.
         test_share: Fraction of each person's windows held out for test, in [0, 1).
         **kwargs: ``val_share``, ``seed`` (also of the data), ``num_workers`` and ``eval_batch_size``; see

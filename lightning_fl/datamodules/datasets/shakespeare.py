@@ -32,7 +32,7 @@ def encode_text(text: str) -> np.ndarray:
 
 
 class ShakespeareDataModule(NaturalDataModule):
-    """Shakespeare's plays by role: sequences of characters, labelled with the sequences one character later.
+    """Shakespeare's plays by role: sequences of characters; the label is the sequence shifted by one character.
 
     The plays are text files in which the speaker's name, followed by a full stop, is alone on the line before a speech,
     as in Project Gutenberg's collected works. A role's speeches are cut into windows of ``length`` characters: int64 of

@@ -1,4 +1,4 @@
-"""Made images with a shape to be found, of scanners that differ."""
+"""Synthetic images with a shape to be segmented, from scanners that differ."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from lightning_fl.seeding import derive_seed
 
 
 class ShapesDataModule(NaturalDataModule):
-    """Grey images with an ellipse or a rectangle in noise, a client a scanner: each has its own contrast and noise.
+    """Synthetic grey images of an ellipse or a rectangle in noise; each client is a scanner with its own contrast.
 
-    Samples are pairs of float32 images ``[1, size, size]`` and float32 masks ``[size, size]`` of 0 and 1. Even scanners
-    see ellipses and odd ones rectangles. A scanner's images are made from the seed and its number when they are needed.
+    Samples are pairs of float32 images ``[1, size, size]`` and float32 masks ``[size, size]`` of 0 and 1. Scanners
+    differ in contrast and noise; even ones show ellipses, odd ones rectangles. A scanner's images are generated from
+    the seed and its number when they are needed.
 
     Args:
         num_clients: Number of scanners.
-        images: Images of each scanner.
+        images: Number of images per scanner.
         size: Height and width in pixels, even and at least 16.
         batch_size: Examples per training batch.
         test_share: Fraction of each scanner's images held out for test, in [0, 1).

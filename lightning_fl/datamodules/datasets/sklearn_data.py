@@ -24,7 +24,7 @@ def load(function: str, datamodule: str) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
         function: The function of ``sklearn.datasets`` that loads it.
-        datamodule: Who needs it, for the error message.
+        datamodule: Name of the datamodule, for the error message.
 
     Raises:
         ImportError: If scikit-learn is not installed.

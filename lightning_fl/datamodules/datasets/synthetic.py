@@ -28,8 +28,8 @@ class SyntheticDataModule(NaturalDataModule):
     A client's data is generated from the seed and its id when it is needed, so a million clients are as cheap as ten.
 
     Args:
-        alpha: How much the clients' models differ, at least 0.
-        beta: How much the clients' features differ, at least 0.
+        alpha: Variance :math:`\alpha` between the clients' models, at least 0.
+        beta: Variance :math:`\beta` between the clients' feature distributions, at least 0.
         num_clients: Number of clients.
         iid: Whether all clients share one model and one feature distribution, with centre 0.
         num_features: Number of features.
@@ -80,7 +80,7 @@ class SyntheticDataModule(NaturalDataModule):
 
     @cached_property
     def _sizes(self) -> np.ndarray:
-        # From a stream of their own, so that sizes are known without generating any client's data.
+        # From a separate random stream, so that sizes are known without generating any client's data.
         normal = np.random.default_rng(derive_seed(self.seed, "synthetic sizes")).standard_normal(self.num_clients)
         sizes = np.exp(4 + 2 * normal) + 50
         return np.minimum(sizes, self.max_size or np.inf).astype(np.int64)

@@ -320,7 +320,7 @@ def test_training_stops_before_a_round_that_would_exceed_the_budget() -> None:
     assert ledger.epsilon(1e-5, "rdp") <= 8.0
     ledger.record(Gaussian(1.0, Poisson(8 / 40)), 5)
     assert ledger.epsilon(1e-5, "rdp") > 8.0
-    with pytest.raises(PrivacyBudgetExceeded, match="Round 0 would make"):
+    with pytest.raises(PrivacyBudgetExceeded, match="Round 0 would raise"):
         fit(private(max_epsilon=0.1, method="rdp"), 1)
 
 

@@ -129,8 +129,8 @@ def test_modules(module: L.LightningModule, remedy: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give one of them"),
-        ({"noise_multiplier": 1.0, "target_epsilon": 3.0}, "give one of them"),
+        ({}, "give exactly one of them"),
+        ({"noise_multiplier": 1.0, "target_epsilon": 3.0}, "give exactly one of them"),
         ({"noise_multiplier": -1.0}, "noise_multiplier=-1"),
         ({"noise_multiplier": 1.0, "max_grad_norm": 0.0}, "max_grad_norm=0"),
         ({"noise_multiplier": 1.0, "delta": 0.0}, "delta=0"),

@@ -108,7 +108,7 @@ def test_a_penalty_is_honoured() -> None:
     ("case", "names"),
     [
         (Case(NormalisesOnTransfer), "on_after_batch_transfer"),
-        (Case(RunningMean), "may not write to buffers"),
+        (Case(RunningMean), "must not write to buffers"),
         (Case(RunningMeanInAnAttribute), "mean"),
         (Case(RunningMeanInAHook), "next (mean)"),
         (UNSOUND["padding to the longest, mean over time"], "pad all of them to one length"),

@@ -222,7 +222,7 @@ class StepWatch(fl.callbacks.FederatedCallback):
 
 @pytest.mark.parametrize("name", ["fedper", "lgfedavg", "fedrep"])
 def test_without_personal_tensors_they_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=r"keeps a part of the model with each client: name the .*personal=\['"):
+    with pytest.raises(ValueError, match=r"keeps a part of the model with each client, .* Name the .*personal=\['"):
         trainer(name).fit(Plain(), image_clients((8, 8)))
 
 

@@ -53,7 +53,7 @@ def sometimes_nobody(algorithm: Any = "fedavg", rounds: int = 6, **kwargs: Any) 
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "fedavgm", "fedadam", "scaffold", "fednova", "feddyn", "fedexp"])
-@pytest.mark.filterwarnings("ignore:SCAFFOLD's control is derived for plain SGD")
+@pytest.mark.filterwarnings("ignore:SCAFFOLD's control variate is derived for plain SGD")
 def test_a_round_without_clients_leaves_everything_as_it_is(algorithm: str) -> None:
     module, cohorts = Plain(), Cohorts()
     strategy = FederatedStrategy(algorithm, cohort=Poisson(0.2))
@@ -300,7 +300,7 @@ def test_yaml(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"cohort": Poisson(0.1), "clients_per_round": 5}, "clients_per_round=5 would be ignored"),
         ({"cohort": Weighted()}, "needs clients_per_round"),
         ({"cohort": RoundRobin()}, "needs clients_per_round"),
-        ({"cohort": Uniform(secure=True)}, "draws nothing where all clients take part"),
+        ({"cohort": Uniform(secure=True)}, "has no effect if all clients take part"),
         ({"cohort": "poisson"}, r"is a str; expected a cohort such as fl.clients.Poisson"),
         ({"stragglers": 0.9}, r"is a float; expected fl.clients.Stragglers"),
         ({"local_epochs": Between(1, 2), "local_steps": 3}, "contradict each other"),

@@ -153,7 +153,7 @@ def test_a_target_epsilon_does_not_cover_a_scaling() -> None:
     SCHEMA.save("public.json")
     callback = fl.callbacks.SampleLevelDP(target_epsilon=3.0)
     data = table(schema="public.json", scaling=PrivateScaling(RANGES, 2.0))
-    with pytest.raises(MisconfigurationException, match="target_epsilon chooses the noise of the training alone"):
+    with pytest.raises(MisconfigurationException, match="target_epsilon chooses the noise for the training only"):
         trainer("fedavg", callbacks=[callback]).fit(Net(), datamodule=data)
 
 

@@ -32,7 +32,7 @@ def train(algorithm: str, aggregator: Any, rounds: int = 2, **options: Any) -> t
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fedexp"])
-@pytest.mark.filterwarnings("ignore:SCAFFOLD's control is derived")
+@pytest.mark.filterwarnings("ignore:SCAFFOLD's control variate is derived")
 def test_the_model_is_that_of_the_plain_run(algorithm: str) -> None:
     """With BatchNorm's buffers, SCAFFOLD's and FedExP's side channels, in float32."""
     plain, metrics, _ = train(algorithm, None)
@@ -157,7 +157,7 @@ def train_on_ranks() -> tuple[Tensor, dict[str, float], list[Any]]:
     return model, metrics, strategy.history
 
 
-@pytest.mark.filterwarnings("ignore:SCAFFOLD's control is derived")
+@pytest.mark.filterwarnings("ignore:SCAFFOLD's control variate is derived")
 def test_simulated_clients_on_several_ranks(run_ranks: Any) -> None:
     plain, metrics, strategy = train("scaffold", None, rounds=1)
     for model, found, history in run_ranks(3, train_on_ranks_quietly):
@@ -168,7 +168,7 @@ def test_simulated_clients_on_several_ranks(run_ranks: Any) -> None:
 
 def train_on_ranks_quietly() -> Any:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "SCAFFOLD's control is derived")
+        warnings.filterwarnings("ignore", "SCAFFOLD's control variate is derived")
         return train_on_ranks()
 
 

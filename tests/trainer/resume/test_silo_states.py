@@ -69,5 +69,5 @@ def test_a_silo_loads_its_clients_model_from_its_own_folder(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["../../secrets", "/etc/passwd", "", "..", ".hidden"])
 def test_a_manifest_has_a_plain_name(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="no plain name"):
+    with pytest.raises(ValueError, match="not a plain file name"):
         StateFiles(tmp_path).read_manifest(name)

@@ -145,7 +145,7 @@ def test_the_numbers_behind_alie() -> None:
         (25, 5): 0.2533,
     }.items():
         assert alie_z(n, f) == pytest.approx(z, abs=5e-5 if n > 20 else 1e-9)
-    with pytest.raises(ValueError, match="fewer than half"):
+    with pytest.raises(ValueError, match="at most half"):
         alie_z(10, 6)
 
 

@@ -158,9 +158,9 @@ def test_resuming_is_exact(name: str, tmp_path: Any) -> None:
 
 def test_what_can_not_be_right_is_refused() -> None:
     for transform, aggregator, message in (
-        (LowRank(), CompressedMean(TopK()), "compress LowRank's products once more"),
-        (LowRank(), FLTrust(images(4)), "looks at whole models"),
-        (Compress(RandomK()), FLTrust(images(4)), "looks at whole models"),
+        (LowRank(), CompressedMean(TopK()), "compress LowRank's products again"),
+        (LowRank(), FLTrust(images(4)), "needs whole models"),
+        (Compress(RandomK()), FLTrust(images(4)), "needs whole models"),
     ):
         with pytest.raises(ValueError, match=message):
             fl.FederatedStrategy("fedavg", transforms=[transform], aggregator=aggregator)

@@ -144,7 +144,7 @@ def test_what_can_not_be_remembered_is_refused() -> None:
     with pytest.raises(ValueError, match="FoolsGold keeps the sum of each client's updates"):
         FoolsGold(before=[fl.aggregation.NearestNeighborMixing()])
     FoolsGold(before=[fl.aggregation.NearestNeighborMixing()], memory=False)
-    with pytest.raises(ValueError, match="clients that checks leave out"):
+    with pytest.raises(ValueError, match="clients that the checks left out"):
         Screened(FoolsGold())
 
 

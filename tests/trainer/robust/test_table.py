@@ -186,7 +186,7 @@ CHECKS: dict[str, Callable[..., None]] = {
 REASONS = {
     "no sum": "is not a sum",
     "hides updates": "has to see each client's update",
-    "side channels": "picks each coordinate from other clients",
+    "side channels": "picks each coordinate from different clients",
 }
 
 

@@ -559,7 +559,7 @@ def iter_dataset() -> Any:
 @pytest.mark.slow
 def test_what_does_not_fit_is_refused_on_ranks(run_ranks: Any) -> None:
     for whole, clients, stream, sizes, skips, private in run_ranks(2, refusals_on_ranks):
-        assert "'net.1.weight' is not spread over the silo" in whole
+        assert "'net.1.weight' is not sharded over the silo" in whole
         assert "names 1 clients" in clients
         assert "a stream, which processes can't share" in stream
         assert "their silos have [1, 2] processes" in sizes

@@ -199,7 +199,7 @@ class AsPairs(Base):
         return (x @ self.w).square().sum(1, keepdim=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*control is derived for plain SGD")
+@pytest.mark.filterwarnings("ignore:.*control variate is derived for plain SGD")
 @pytest.mark.parametrize(
     "algorithm",
     [
