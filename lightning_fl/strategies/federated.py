@@ -523,12 +523,14 @@ class FederatedStrategy(internals.ReusableStrategy):
             if sent:
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            from lightning_fl.coordinator.silo import Introduction
+
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, trainer.callbacks)  # type: ignore[attr-defined]
-            own = settings_of_silo(self)
-            secure, is_asynchronous = secure_of(self), self.schedule is not None
-            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            own, secure, is_asynchronous = settings_of_silo(self), secure_of(self), self.schedule is not None
+            said = Introduction(own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            self.network.join(tensors, said)
             if self.driver is not None:  # `configure_optimizers` has needed the loaders; now it is known who takes part
                 self.driver.settings = self._settings_of(self.driver.population)
                 self.driver.renew(self.driver.population)
