@@ -75,6 +75,16 @@ def has_global_hooks() -> bool:
     return _has_any_global_hook()
 
 
+def take_counts_as_tensors(optimizer: Optimizer, are_tensors: bool) -> None:
+    """Whether ``Adam`` computes with the tensor ``"step"`` in its state, which may hold several numbers.
+
+    Otherwise it asks for the one number in it. In torch 2.6 to 2.13 a group's ``differentiable`` chooses the formula,
+    while ``optimizer.defaults`` decide whether autograd records the step.
+    """
+    for group in optimizer.param_groups:
+        group["differentiable"] = are_tensors
+
+
 def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """The hooks before and after the optimizer's ``step``; torch does not list them."""
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]

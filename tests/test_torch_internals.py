@@ -27,6 +27,7 @@ from lightning_fl.torch_internals import (
     pytree,
     set_timeout,
     step_hooks,
+    take_counts_as_tensors,
     unwrap,
     version_counter,
     wrap,
@@ -210,3 +211,24 @@ def test_references_of_autograd_count() -> None:
     assert num_references(storage) > before
     del product
     assert num_references(storage) == before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_takes_a_number_of_steps_for_each_row(kind: Any) -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    apart = [nn.Parameter(row.clone()) for row in rows]
+    alone = [kind([param], lr=0.1) for param in apart]
+    together = nn.Parameter(rows.clone())
+    optimizer = kind([together], lr=0.1)
+    take_counts_as_tensors(optimizer, True)
+    optimizer.state[together] = {key: torch.zeros(2, 2) for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.state[together]["step"] = torch.tensor([[0.0], [2.0]], dtype=torch.float64)
+    for param, own, row in zip(apart, alone, (0, 1), strict=True):
+        own.state[param] = {key: torch.zeros(2) for key in ("exp_avg", "exp_avg_sq")}
+        own.state[param]["step"] = torch.tensor(2.0 * row)
+        param.grad = rows[row].clone()
+        own.step()
+    together.grad = rows.clone()
+    optimizer.step()
+    torch.testing.assert_close(together, torch.stack(apart), rtol=1e-6, atol=0)
+    assert together.is_leaf

@@ -10,10 +10,11 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.callbacks.run_record import run_folder
 
 
-class AdapterCheckpoint(L.Callback):
+class AdapterCheckpoint(RoundEndCallback):
     """Writes the adapters of the global model as a folder that ``PeftModel.from_pretrained(base, folder)`` loads.
 
     The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, without the base model, and gets its
@@ -43,14 +44,15 @@ class AdapterCheckpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the folder."""
+        super().on_train_start(trainer, pl_module)
         peft_model(pl_module)
         own = run_folder(trainer, self.folder)
         self._path = own if own is None or self.folder is not None else own / "adapter"
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Writes the adapters every ``every_n_rounds`` rounds."""
         if self.every_n_rounds is not None and (trainer.current_epoch + 1) % self.every_n_rounds == 0:
-            self._write(trainer, pl_module)
+            self._write(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the adapters of the last round."""

@@ -18,6 +18,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.federation.history import figures, left_out
 from lightning_fl.strategies import FederatedStrategy
 
@@ -102,15 +103,15 @@ class Rule:
         return not math.isfinite(figure) if self.sign == "nan" else COMPARISONS[self.sign](figure, self.value)
 
 
-class Alerts(L.Callback):
+class Alerts(RoundEndCallback):
     """Calls a function or a webhook when a figure of a round meets a rule, or when the run fails.
 
     A rule is ``NAME < VALUE`` (or ``<=``, ``>``, ``>=``, ``==``) or ``NAME is nan`` for a figure that is not finite,
-    optionally with ``for N rounds`` if it has to hold in N consecutive rounds; or ``failed``. Names are those of the
-    loggers: the metrics that the module logs, and the round's own figures under ``fl/``, but never figures of a single
-    client that privacy protects; ``fl/num_left_out`` is the number of clients whose update was not used. An alert is
-    sent once when its rule begins to hold, and again only after it has stopped holding; also after a resume, none is
-    sent twice.
+    optionally with ``for N rounds`` if it has to hold in N consecutive rounds that log the figure; or ``failed``. Names
+    are those of the loggers: the metrics that the module logs, and the round's own figures under ``fl/``, but never
+    figures of a single client that privacy protects; ``fl/num_left_out`` is the number of clients whose update was not
+    used. An alert is sent once when its rule begins to hold, and again only after it has stopped holding; also after a
+    resume, none is sent twice.
 
     A webhook gets a ``POST`` with JSON: ``text``, which Slack and others show, and ``rule``, ``round``, ``value``. It
     is called in a separate thread: one that does not answer delays no round, and causes only a warning.
@@ -129,7 +130,8 @@ class Alerts(L.Callback):
     """
 
     def __init__(self, rules: Sequence[str], to: Callable[[Alert], Any] | str) -> None:
-        self.rules = [Rule.parse(text) for text in rules]
+        # Of a rule that is given twice each would count its rounds.
+        self.rules = list(dict.fromkeys(Rule.parse(text) for text in rules))
         if not self.rules:
             raise ValueError("Alerts need at least one rule, such as 'val_loss is nan'.")
         if isinstance(to, str) and not to.startswith(("https://", "http://")):
@@ -139,11 +141,11 @@ class Alerts(L.Callback):
         """The number of consecutive rounds in which each rule has held."""
         self._seen: set[str] = set()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Checks the figures of the round, after the global model's validation."""
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Looks at the figures that were logged in the round."""
         if not trainer.is_global_zero:
             return
-        found = {name: float(value) for name, value in trainer.callback_metrics.items()} | _of_round(trainer)
+        found = self.logged_in_round(trainer) | _of_round(trainer)
         self._seen.update(found)
         round = trainer.current_epoch + 1
         for rule in self.rules:
@@ -154,6 +156,11 @@ class Alerts(L.Callback):
             if self._held[rule.text] == rule.rounds:
                 text = f"Round {round}: {rule.name} is {value:.6g} ({rule.text})."
                 self._tell(Alert(rule.text, round, value if math.isfinite(value) else None, text))
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self._held, self._seen = {}, set()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Reports a failed run with its error's type only, because the message may contain data."""

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.tracking import loggers
 
 
-class GenerationSamples(L.Callback):
+class GenerationSamples(RoundEndCallback):
     """Logs the global model's responses to prompts, by greedy decoding.
 
     TensorBoard and W&B get a table ``samples`` of prompts and responses; the responses are also written to the log.
@@ -41,8 +42,14 @@ class GenerationSamples(L.Callback):
         self.samples: list[list[str]] = []
         """The responses, by round."""
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self.samples = []
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Checks that there is a tokenizer."""
+        super().on_train_start(trainer, pl_module)
         datamodule = getattr(trainer, "datamodule", None)
         if not all(hasattr(datamodule, name) for name in ("encode_prompt", "decode", "end_token")):
             raise MisconfigurationException(
@@ -50,11 +57,11 @@ class GenerationSamples(L.Callback):
                 f"{type(datamodule).__name__}. Use fl.datamodules.InstructionDataModule, or give yours these methods."
             )
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Generates and logs, on the first rank."""
         if (trainer.current_epoch + 1) % self.every_n_rounds or not trainer.is_global_zero:
             return
-        answers = [self._answer(pl_module, trainer.datamodule, prompt) for prompt in self.prompts]  # type: ignore[attr-defined]
+        answers = [self._answer(module, trainer.datamodule, prompt) for prompt in self.prompts]  # type: ignore[attr-defined]
         self.samples.append(answers)
         rows = [[trainer.current_epoch, *both] for both in zip(self.prompts, answers, strict=True)]
         loggers.log_table(trainer, "samples", ["round", "prompt", "answer"], rows)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.types import Aggregate, ClientId
 
@@ -20,7 +21,7 @@ SECONDS_OF_SPEED = 3600.0
 """Seconds of progress from which the time left is estimated; an hour, since a round may take many minutes."""
 
 
-class FederatedProgressBar(ProgressBar, FederatedCallback):
+class FederatedProgressBar(RoundEndCallback, ProgressBar, FederatedCallback):
     """Shows the rounds with the time left and the global metrics, and below them the progress within the cohort.
 
     ``lightning-fl fit`` uses it unless the configuration names another. Values that the module logs with
@@ -64,6 +65,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Shows the empty bars."""
+        super().on_train_start(trainer, pl_module)
         max_epochs = trainer.max_epochs
         # Lightning's -1 means training without an end.
         self._num_rounds = max_epochs if max_epochs is not None and max_epochs > 0 else None
@@ -93,7 +95,7 @@ class FederatedProgressBar(ProgressBar, FederatedCallback):
         if self._bars is not None:
             self._bars.end_cohort("validation")
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Advances the rounds' bar by one, with the global model's metrics."""
         done = trainer.current_epoch + 1
         if self._bars is not None:

@@ -8,11 +8,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.federation.history import figures, left_out
 from lightning_fl.strategies import FederatedStrategy
 
 
-class Prometheus(L.Callback):
+class Prometheus(RoundEndCallback):
     """Answers ``GET /metrics`` on rank 0 with the figures of the last round, while the Trainer runs.
 
     | metric | meaning |
@@ -68,6 +69,7 @@ class Prometheus(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts the server."""
+        super().on_train_start(trainer, pl_module)
         if not trainer.is_global_zero or self._server is not None:
             return
         from prometheus_client import start_http_server
@@ -81,7 +83,7 @@ class Prometheus(L.Callback):
             ) from error
         self.port = self._server.server_port
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Sets the figures of the round, after the global model's validation."""
         if not trainer.is_global_zero:
             return

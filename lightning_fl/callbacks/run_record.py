@@ -23,10 +23,13 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_fl.callbacks.monitored import monitored_modes
 from lightning_fl.callbacks.personalized_evaluation import PersonalizedEvaluation
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.internals import own_hyperparameters
 from lightning_fl.tracking import loggers
+from lightning_fl.tracking.metrics import best_metric
 from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import (
     CLIENT_EVALUATIONS_FILE,
@@ -34,6 +37,7 @@ from lightning_fl.tracking.run import (
     ROUNDS_FILE,
     RUN_FILE,
     Row,
+    Run,
     append_rows,
     to_json,
     write_file,
@@ -45,7 +49,7 @@ HIDDEN = ("_instantiator",)
 """Keys that LightningCLI adds to the hyper-parameters."""
 
 
-class RunRecord(L.Callback):
+class RunRecord(RoundEndCallback):
     """Writes a record of the run to its folder, and logs the federation's settings and the partition of the data.
 
     ``lightning-fl fit`` adds it automatically. The folder is the logger's, which also has ``checkpoints``. It gets
@@ -97,6 +101,7 @@ class RunRecord(L.Callback):
         """Writes the facts that are known before the first round."""
         own = own_hyperparameters(trainer) if self._autologs else {}
         trainer.enable_autolog_hparams = self._autologs
+        super().on_train_start(trainer, pl_module)
         _move_behind_others(trainer, self)
         self.path = run_folder(trainer, self.folder)
         if self.path is None:
@@ -119,6 +124,7 @@ class RunRecord(L.Callback):
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "status": "running",
             "settings": settings,
+            "modes": monitored_modes(trainer),
             "versions": _versions(),
             "partition": None if summary is None else summary.as_dict(),
         }
@@ -134,13 +140,12 @@ class RunRecord(L.Callback):
         if summary is not None:
             loggers.log_partition(trainer, summary)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Adds the current round, after the global model's validation."""
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Adds the current round, with what was logged in it."""
         if self.path is None:
             return
-        # Without the federation's own figures, which are in the row already.
-        measured = {n: value for n, value in trainer.callback_metrics.items() if not n.startswith("fl/")}
-        metrics = {name: float(value) for name, value in measured.items()}
+        # Without the federation's own figures, which the row has already.
+        metrics = {n: value for n, value in self.logged_in_round(trainer).items() if not n.startswith("fl/")}
         row: Row = {"round": trainer.current_epoch, "num_steps": trainer.global_step - self._last_step}
         if isinstance(trainer.strategy, FederatedStrategy):
             row.update(trainer.strategy.history[-1])
@@ -161,6 +166,8 @@ class RunRecord(L.Callback):
             if self._own is not None and keeps_model:
                 torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
+        if self._own is not None and (run := Run(self._own, self._facts, self._rows, [])).metric_names:
+            loggers.log_outcome(trainer, run.metric(best_metric([run]))[1][-1])
 
     def _record_clients(self, trainer: L.Trainer) -> None:
         """Adds evaluations after the last round to its row, and writes the results of each client."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, Adadelta, Adagrad, Adam, AdamW, Optimizer, RMSprop, Rprop
 
 from lightning_fl.engines.kept_optimizers import keep, load_kept
 from lightning_fl.torch_internals import version_counter
@@ -229,11 +229,10 @@ class OptimizerStates:
     def num_steps_apart(self) -> float:
         """The number of a client's first steps that it can take only together with clients that are at the same step.
 
-        Plain SGD has no state, momentum is special in the first step, others count steps in a state that all share.
+        Plain SGD has no state; momentum and what others average begin with the first step. Where the number of steps is
+        in the formula, all must be at the same one, except for Adam, which takes a number for each client.
         """
-        if any(type(optimizer) is not SGD for optimizer in self.optimizers):
-            return math.inf
-        return int(any(group["momentum"] for optimizer in self.optimizers for group in optimizer.param_groups))
+        return max(map(_num_steps_apart, self.optimizers), default=0)
 
     def recount(self, num_steps: int) -> None:
         """Restarts counting with ``num_steps`` steps at the current options."""
@@ -405,6 +404,25 @@ class OptimizerStates:
             # `load_state_dict` takes over the objects that it is given, and the next client needs them unchanged.
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
             schedule.num_steps = 0
+
+
+def takes_counts(optimizer: Optimizer) -> bool:
+    """Whether it is an Adam that can take a number of steps for each client, as a tensor in its state."""
+    # In its other forms torch wants one number for each parameter.
+    return type(optimizer) in (Adam, AdamW) and not any(
+        optimizer.defaults["differentiable"] or group["foreach"] or group["capturable"] or group["fused"]
+        for group in optimizer.param_groups
+    )
+
+
+def _num_steps_apart(optimizer: Optimizer) -> float:
+    kind, groups = type(optimizer), optimizer.param_groups
+    if kind is SGD:
+        return int(any(group["momentum"] for group in groups))
+    is_counted = kind not in (RMSprop, Adadelta, Rprop) and not takes_counts(optimizer)
+    if kind is Adagrad:
+        is_counted = any(group["lr_decay"] for group in groups)
+    return math.inf if is_counted else 1
 
 
 @contextmanager

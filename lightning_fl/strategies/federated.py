@@ -62,6 +62,7 @@ from lightning_fl.strategies.frozen_weights import FrozenWeights, put_in
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
+from lightning_fl.strategies.rank_sync import name_round
 from lightning_fl.strategies.ranks import RankedStrategy
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
@@ -97,6 +98,7 @@ from lightning_fl.strategies.validation import (
     settings_of_ranks,
     settings_of_training,
     versions,
+    warn_of_own_scaling,
 )
 from lightning_fl.topologies import Topology
 
@@ -394,6 +396,8 @@ class FederatedStrategy(RankedStrategy):
             check_tensors(self.lightning_module, self.federation.is_spread)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         columns = described_columns(getattr(trainer, "datamodule", None), self._is_private)
+        if self._validation_is_per_rank and (self.network is not None or not self.federation.is_alone):
+            warn_of_own_scaling(columns)
         if not self.federation.is_alone:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
             for group in (self.federation.inner, self.federation):
@@ -608,6 +612,8 @@ class FederatedStrategy(RankedStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leaves word for the other ranks, which would only see that this one is gone."""
         self._error = exception
+        if isinstance(exception, RankLost) and self.history:  # outside a round, such as in validation
+            name_round(exception, f"After round {self.history[-1]['round']}")
         if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
             self.federation.leave(describe_failure(exception, self._is_private))
         super().on_exception(exception)

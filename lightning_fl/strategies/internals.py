@@ -306,6 +306,11 @@ def monitored_metrics(trainer: Trainer, training: bool) -> dict[str, Tensor]:
     return {**trainer.callback_metrics, **own}
 
 
+def is_ending_resumed_round(trainer: Trainer) -> bool:
+    """Whether a run is resumed inside a round, of which only what follows the validation is left to do."""
+    return trainer.fit_loop.restarted_mid_epoch
+
+
 def restore_metrics(trainer: Trainer, metrics: dict[str, Tensor]) -> None:
     """Restores ``trainer.callback_metrics`` of a checkpoint; Lightning's own do not hold them."""
     device = trainer.strategy.root_device

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -101,6 +102,14 @@ def test_a_round_has_the_known_contributions(method: str, expected: list[float])
         assert sum(callback.totals.values()) == pytest.approx(28.7891107137, rel=1e-9)
 
 
+def test_a_second_run_begins_anew() -> None:
+    callback = fl.callbacks.Contribution(method="leave_one_out")
+    for _ in range(2):
+        fit = trainer(FederatedStrategy("fedavg", local_steps=5), 1, callbacks=[callback])
+        fit.fit(Rooted(), clients_of(E, H, (10, 30, 20)))
+    assert list(callback.totals.values()) == pytest.approx(LEFT_OUT, rel=1e-8)
+
+
 def test_root_data_of_its_own() -> None:
     root = DataLoader(TensorDataset(torch.full((4,), 3.0, dtype=torch.float64)), batch_size=2)
     assert measure("shapley")[0].totals != measure("shapley", root=root)[0].totals
@@ -129,6 +138,35 @@ def test_fedce_favours_who_points_elsewhere_and_is_missed() -> None:
 
 
 @pytest.mark.slow
+class Named(Rooted):
+    """Logs the loss and its negative under names that do not tell which is better."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        (e,) = batch
+        loss = (0.5 * (self.x - e) ** 2).mean()
+        self.log_dict({"val_less": loss, "val_more": -loss, "val_score_loss": loss}, on_epoch=True)
+
+
+def test_its_sign_is_declared_or_known() -> None:
+    def measured(metric: str, *more: L.Callback, **kwargs: Any) -> list[float]:
+        callback = fl.callbacks.Contribution(metric=metric, method="leave_one_out", **kwargs)
+        fit = trainer(
+            FederatedStrategy("fedavg", local_steps=5), 1, callbacks=[callback, *more], enable_checkpointing=bool(more)
+        )
+        fit.fit(Named(), clients_of(E, H, (10, 30, 20)))
+        return list(callback.totals.values())
+
+    expected = pytest.approx(LEFT_OUT, rel=1e-8)
+    assert measured("val_less", mode="min") == expected
+    assert measured("val_more", mode="max") == expected
+    assert measured("val_more", ModelCheckpoint("saved", monitor="val_more", mode="max")) == expected
+    assert measured("val_score_loss") == expected
+    with pytest.raises(MisconfigurationException, match=r"more of 'val_less' is better.* Give it mode='max' or"):
+        measured("val_less")
+    with pytest.raises(ValueError, match="expected 'min', 'max' or None"):
+        fl.callbacks.Contribution(mode="more")  # type: ignore[arg-type]
+
+
 def test_the_report_shows_who_contributes_what() -> None:
     record, callback = fl.callbacks.RunRecord("run"), fl.callbacks.Contribution()
     strategy = FederatedStrategy("fedavg", local_steps=5)

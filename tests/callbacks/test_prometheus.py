@@ -15,19 +15,20 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import lightning_fl as fl
 from lightning_fl.callbacks import Prometheus
+from lightning_fl.callbacks.round_end import RoundEndCallback
 from tests.helpers.training import Ordinary, Plain, image_clients, measured, trainer
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana.json"
 
 
-class Scrapes(L.Callback):
+class Scrapes(RoundEndCallback):
     """Reads what the callback before it answers after each round."""
 
     def __init__(self, prometheus: Prometheus) -> None:
         self.prometheus = prometheus
         self.seen: list[dict[Any, float]] = []
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_round_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.prometheus.port}/metrics", timeout=30) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         self.seen.append({(one.name, *one.labels.values()): one.value for family in families for one in family.samples})

@@ -363,6 +363,7 @@ class VectorizedEngine(SequentialEngine):
         # Rows that trained by themselves are written back before the result is read.
         if self._subset is not None:
             self._stacked, self._stacked_buffers = self._subset.choose(None, self._stacked, self._stacked_buffers)
+            self._subset.close()
         client_state: dict[str, Tree] = {}
         if self.personal:
             stacked = self._stacked | self._stacked_buffers

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_fl.engines.optimizer_states import OptimizerStates
+from lightning_fl.engines.optimizer_states import OptimizerStates, takes_counts
 from lightning_fl.engines.vectorized.buffer_pool import BufferPool
+from lightning_fl.torch_internals import take_counts_as_tensors
 from lightning_fl.types import Tree
 
 _STACKED = object()
@@ -36,6 +37,8 @@ class RowSubset:
         self._pool = pool
         self._num_clients = len(next(iter(params.values())))
         self._stacked_states: dict[tuple[str, str], Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+        """By parameter, how many steps each client has taken, if the optimizer can take a number for each."""
         self._other_states: dict[int, dict[tuple[str, str], Any]] = {}
 
     def choose(self, rows: Sequence[int] | None, params: Tree, buffers: Tree) -> tuple[Tree, Tree]:
@@ -80,9 +83,12 @@ class RowSubset:
             for key, value in optimizer.state.get(param, {}).items():
                 is_stacked = isinstance(value, Tensor) and value.shape == param.shape and key != "step"
                 others[name, key] = _STACKED if is_stacked else value
+                if key == "step" and takes_counts(optimizer):
+                    counts = self._counts.setdefault(name, value.new_zeros(self._num_clients))
+                    counts[slice(None) if self.rows is None else list(self.rows)] = value.flatten().to(counts)
                 if is_stacked:
                     self._write_state((name, key), value, index)
-        # By row, since clients at different steps have different counters.
+        # By row, since clients at different steps may have different counters.
         for row in self.rows or range(self._num_clients):
             self._other_states[row] = others
 
@@ -108,9 +114,31 @@ class RowSubset:
             else:
                 own = self._take(self._stacked_states[name, key], index)
             found.setdefault(name, {})[key] = own
+        differ = False
         for name, optimizer, param in self._stepped(params):
             if name in found:
                 optimizer.state[param] = found[name]
+                if name in self._counts:
+                    found[name]["step"] = count = self._count(name, param)
+                    differ |= count.dim() > 0
+        self._take_counts_as_tensors(differ)
+
+    def _count(self, name: str, param: Tensor) -> Tensor:
+        """The number of steps of the clients that train: one number, or one for each if they differ."""
+        counts = self._counts[name] if self.rows is None else self._counts[name][list(self.rows)]
+        if bool((counts == counts[0]).all()):
+            return counts[0].clone()
+        # In float64, as the optimizer computes with a Python number: float32 has not enough digits of beta**step.
+        return counts.double().view(-1, *[1] * (param.dim() - 1)).to(param.device)
+
+    def _take_counts_as_tensors(self, are_tensors: bool) -> None:
+        for optimizer in self._optimizers.optimizers:
+            if takes_counts(optimizer):
+                take_counts_as_tensors(optimizer, are_tensors)
+
+    def close(self) -> None:
+        """Puts the optimizers' options back."""
+        self._take_counts_as_tensors(False)
 
     def _stepped(self, params: Tree) -> Iterator[tuple[str, Optimizer, Tensor]]:
         names = {id(param): name for name, param in params.items()}

@@ -35,7 +35,13 @@ def make(kind: Any = torch.optim.SGD, **options: Any) -> Any:
         make(momentum=0.9, dampening=0.3),
         make(momentum=0.9, nesterov=True, weight_decay=0.1),
         make(torch.optim.Adam),
+        make(torch.optim.Adam, amsgrad=True, weight_decay=0.1),
+        make(torch.optim.AdamW),
         make(torch.optim.Adagrad),
+        make(torch.optim.Adagrad, lr_decay=0.1),
+        make(torch.optim.Adadelta),
+        make(torch.optim.Rprop),
+        make(torch.optim.NAdam),
         make(torch.optim.RMSprop, momentum=0.9),
     ],
 )
@@ -47,15 +53,31 @@ def test_optimizers(make_module: Any) -> None:
     assert together.strategy.active_driver.num_batches_trained <= alone.strategy.active_driver.num_batches_trained / 2
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.spread(1)
+def test_adam_at_different_steps(kind: Any) -> None:
+    def in_float32() -> Plain:
+        # Its first steps are where the number of steps matters most, and digits of float32 are lost.
+        return Plain(torch.float32, make_optimizer=lambda params: kind(params, lr=0.05))
+
+    _, together = both(in_float32, clients(), rtol=1e-5)
+    # Five with full batches, and one for the last batches of five, which come in each of the five.
+    assert together.strategy.active_driver.num_batches_trained == 6
+    assert not together.optimizers[0].param_groups[0]["differentiable"]
+
+
 @pytest.mark.parametrize(
-    ("kind", "attribute", "value"),
+    ("kind", "owner", "attribute", "value"),
     [
-        (torch.optim.Adam, "num_steps_apart", property(lambda self: 0)),
-        (torch.optim.SGD, "recount", lambda self, num_steps: None),
+        (torch.optim.NAdam, OptimizerStates, "num_steps_apart", property(lambda self: 0)),
+        (torch.optim.SGD, OptimizerStates, "recount", lambda self, num_steps: None),
+        (torch.optim.Adam, RowSubset, "_count", lambda self, name, param: self._counts[name][0].clone()),
     ],
 )
-def test_these_tests_would_show(kind: Any, attribute: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(OptimizerStates, attribute, value)
+def test_these_tests_would_show(
+    kind: Any, owner: Any, attribute: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, attribute, value)
     with pytest.raises((AssertionError, KeyError)):
         both(make(kind), clients(), algorithm="fednova" if kind is torch.optim.SGD else "fedavg")
 
