@@ -22,6 +22,12 @@ def tree_map(function: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree
     return {name: function(tensor, *(other[name] for other in others)) for name, tensor in tree.items()}
 
 
+def updated(kept: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """``kept`` with the values of ``new`` by name, also in nested mappings; so what a round has not sent is kept."""
+    found = {key: updated(kept.get(key, {}), own) if isinstance(own, Mapping) else own for key, own in new.items()}
+    return {**kept, **found}
+
+
 def subtract(left: Tree, right: Tree) -> Tree:
     """``left - right``, name by name."""
     return tree_map(torch.sub, left, right)

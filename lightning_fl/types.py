@@ -103,7 +103,8 @@ class Aggregate:
         population: Number of clients in the federation.
         nodes: For algorithms that ``keep_nodes`` the clients' own ``y_i - x_i``, in the order of their ids: each tensor
             ``[population, ...]``, zeros for a client that has sent nothing.
-        node_weights: Their weights, which add up to 1: float64 ``[population]``.
+        node_weights: The clients' weights by their data, which add up to 1, whether or not they have sent anything:
+            float64 ``[population]``.
         neighbours: Where each rank knows the row of its own node only: the way to those of others. None: each rank
             knows all rows.
     """

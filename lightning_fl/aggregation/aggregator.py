@@ -30,6 +30,7 @@ class FederationFacts:
         min_cohort_size: Smallest number of clients in a round. None: ``cohort_size``.
         clients: All clients; empty in an evaluation.
         seed: Seed of the federation's random choices.
+        weights: Returns the weights of the clients whose number of examples this rank knows before training.
     """
 
     silos: bool
@@ -39,6 +40,7 @@ class FederationFacts:
     min_cohort_size: int | None = None
     clients: Collection[ClientId] = ()
     seed: int = 0
+    weights: Callable[[], Mapping[ClientId, float]] = dict
 
 
 class Aggregator(ABC):

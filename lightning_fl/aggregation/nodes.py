@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lightning_fl.aggregation.weighted_mean import aggregate_of
 from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, Message
 from lightning_fl.tree import Layout, as_real, update_trees
-from lightning_fl.types import Aggregate, ClientId, Tree, Update
+from lightning_fl.types import Aggregate, ClientId, State, Tree, Update
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class NodeRows:
         rows: This rank's rows; after the merge those of all ranks, in the order of the nodes.
         weights: The weight of each row.
         nodes: All clients of the federation, in order; a row's position is an index into them.
+        nominal: By position, the weights of the nodes whose data is known, whether they contribute in a round or not.
         all_weights: Between silos, which don't share their rows: the weight of each silo's update, by position.
         shared: Between silos, the sums of the trees that all have in common, such as the buffers.
         neighbours: Between silos, exchanges rows with the others.
@@ -35,9 +36,17 @@ class NodeRows:
     rows: Rows
     weights: tuple[float, ...]
     nodes: Sequence[ClientId]
+    nominal: Mapping[int, float] = field(default_factory=dict)
     all_weights: Mapping[int, float] = field(default_factory=dict)
     shared: Mapping[str, Tree] = field(default_factory=dict)
     neighbours: "SiloNeighbours | None" = None
+
+
+class NodeSession(NamedTuple):
+    """Who the nodes are, in order, and the weights that this rank knows, by place."""
+
+    nodes: Sequence[ClientId] = ()
+    nominal: Mapping[int, float] = {}
 
 
 class SiloNeighbours:
@@ -95,9 +104,11 @@ class Nodes(Aggregator):
     r"""Passes on the update of every client, along with their weighted mean.
 
     For algorithms with ``keeps_nodes``, in which each client has a model of its own. The updates are the aggregate's
-    ``nodes``, their weights its ``node_weights``. In a simulation each rank holds all of them, which takes the memory
-    of one model per client. A silo keeps its update to itself; through the aggregate's ``neighbours`` the algorithm
-    sends rows to the silos that mix them.
+    ``nodes``, their weights its ``node_weights``. A node's weight is that of its data, the same in each round: if its
+    update is refused or lost, it keeps the weight, with a change of zero. Where the size of the data is unknown, it is
+    the weight of the first update. In a simulation each rank holds all updates, which takes the memory of one model per
+    client. A silo keeps its update to itself; through the aggregate's ``neighbours`` the algorithm sends rows to the
+    silos that mix them.
     """
 
     def check(self, algorithm: Algorithm) -> None:
@@ -107,11 +118,13 @@ class Nodes(Aggregator):
                 "their mean. Leave aggregator out, or use a decentralised algorithm such as 'dsgd'."
             )
 
-    def open(self, group: Group, facts: FederationFacts) -> Sequence[ClientId]:
-        return tuple(facts.clients)
+    def open(self, group: Group, facts: FederationFacts) -> NodeSession:
+        nodes, known = tuple(facts.clients), facts.weights()
+        return NodeSession(nodes, {place: known[client] for place, client in enumerate(nodes) if client in known})
 
     def init(self, template: Update, device: torch.device, session: Any = None) -> NodeRows:
-        return NodeRows(Rows(Layout.of(update_trees(template)), device), (), session or ())
+        nodes, nominal = session or NodeSession()
+        return NodeRows(Rows(Layout.of(update_trees(template)), device), (), nodes, nominal)
 
     def add(self, acc: NodeRows, update: Update, ctx: RoundContext) -> NodeRows:
         assert ctx.client is not None
@@ -129,6 +142,7 @@ class Nodes(Aggregator):
             "num_clients": len(acc.rows),
             "rows": list(acc.rows.positions),
             "weights": list(acc.weights),
+            "nominal": list(map(list, acc.nominal.items())) if ctx.silos else [],
         }
         messages = group.all_gather(Message({**report.fields, **own}, report.tensors), f"end of round {ctx.round}")
         counts = [len(message.fields["rows"]) for message in messages]
@@ -137,10 +151,12 @@ class Nodes(Aggregator):
         order = sorted(range(len(positions)), key=positions.__getitem__)
         rows = acc.rows
         if ctx.silos and group.size > 1:
-            return self._between_silos(acc, group, dict(zip(positions, weights, strict=True))), messages
+            nominal = {int(place): float(own) for message in messages for place, own in message.fields["nominal"]}
+            weights_of = dict(zip(positions, weights, strict=True))
+            return self._between_silos(replace(acc, nominal=nominal), group, weights_of), messages
         found = RoundRows(rows, group, counts, order).everywhere() if positions else {}
         whole = Rows(rows.layout, rows.device, (found,), tuple(positions[row] for row in order))
-        return NodeRows(whole, tuple(weights[row] for row in order), acc.nodes), messages
+        return replace(acc, rows=whole, weights=tuple(weights[row] for row in order)), messages
 
     def _between_silos(self, acc: NodeRows, group: Group, weights: Mapping[int, float]) -> NodeRows:
         """The silo's own row, and the sums of the trees that are not per node: buffers and side channels."""
@@ -175,14 +191,13 @@ class Nodes(Aggregator):
             shares = torch.ones_like(weights) if tree.startswith("aux/") else weights
             trees.setdefault(tree, {})[name] = _weighted_sum(own, shares)
         aggregate = aggregate_of(trees, total, len(places), ctx)
-        return replace(aggregate, nodes=stacked.get("delta", {}), node_weights=weights / total)
+        own_weights = self._nominal(acc, ctx).to(rows.device)
+        return replace(aggregate, nodes=stacked.get("delta", {}), node_weights=own_weights / own_weights.sum())
 
     def _own_result(self, acc: NodeRows, neighbours: SiloNeighbours, ctx: RoundContext) -> Aggregate:
         """The aggregate as one silo knows it: its own change, and the weights of all."""
         total, rows = sum(acc.all_weights.values()), acc.rows
-        weights = torch.zeros(len(acc.nodes), dtype=torch.float64, device=rows.device)
-        for place, weight in acc.all_weights.items():
-            weights[place] = weight
+        weights = self._nominal(acc, ctx).to(rows.device)
         own = next(acc.rows.trees(), {"delta": {}})["delta"]
         nodes: Tree = {}
         for tree, name, shape, dtype in rows.layout.entries:
@@ -193,7 +208,20 @@ class Nodes(Aggregator):
         # As if all nodes had changed like this one: the norm in the history is then that of its own change.
         delta = {name: total * rows_of[neighbours.place] for name, rows_of in nodes.items()}
         aggregate = aggregate_of({"delta": delta, **acc.shared}, total, len(acc.all_weights), ctx)
-        return replace(aggregate, nodes=nodes, node_weights=weights / total, neighbours=neighbours)
+        return replace(aggregate, nodes=nodes, node_weights=weights / weights.sum(), neighbours=neighbours)
+
+    def _nominal(self, acc: NodeRows, ctx: RoundContext) -> Tensor:
+        """The nodes' own weights, float64 ``[nodes]``, on the CPU."""
+        sent = acc.all_weights or dict(zip(acc.rows.positions, acc.weights, strict=True))
+        before = dict(enumerate(ctx.memory["weights"].tolist())) if ctx.memory else {}
+        first = {place: before.get(place) or weight for place, weight in sent.items()}
+        found = {**before, **first, **acc.nominal}
+        places = range(len(acc.nodes) or len(ctx.cohort))
+        return torch.tensor([found.get(place, 0.0) for place in places], dtype=torch.float64)
+
+    def remember(self, acc: NodeRows, ctx: RoundContext) -> State:
+        is_known = len(acc.nominal) == len(acc.nodes)
+        return {} if is_known else {"weights": self._nominal(acc, ctx)}
 
 
 def _place(acc: NodeRows, client: ClientId, ctx: RoundContext) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_fl.algorithms.decentralized import Decentralized, Mixing
 from lightning_fl.algorithms.registry import register
@@ -22,8 +23,9 @@ class D2(Decentralized):
 
     :math:`\Delta_i = y_i - x_i` is the change by local training; with one step of plain SGD it is :math:`-\eta` times
     the gradient, the case that the paper analyses. More local steps leave a client drift that is not corrected. The
-    mixing matrix must be symmetric, the same in all rounds, and have no eigenvalue at or below -1/3. All clients take
-    part in each round; otherwise the differences would mix the work of different clients.
+    mixing matrix must be symmetric (:math:`p_i W_{ij} = p_j W_{ji}` if the clients' weights :math:`p` differ), the same
+    in all rounds, and have no eigenvalue at or below -1/3. All clients take part in each round; otherwise the
+    differences would mix the work of different clients.
 
     Args:
         topology: Who mixes with whom. Default: all with all.
@@ -36,15 +38,18 @@ class D2(Decentralized):
         Tang et al., "D2: Decentralized Training over Decentralized Data", ICML 2018.
     """
 
-    def check_matrix(self, population: int) -> None:
-        matrix = self.topology.matrix(population)
-        others = (self.topology.matrix(population, round) for round in (1, 2, 3))
-        if not torch.equal(matrix, matrix.t()) or not all(torch.equal(matrix, other) for other in others):
+    def check_matrix(self, population: int, weights: Tensor | None) -> None:
+        matrix = self.topology.matrix(population, weights=weights)
+        others = (self.topology.matrix(population, round, weights) for round in (1, 2, 3))
+        flows = matrix if weights is None else weights.double()[:, None] * matrix
+        if not torch.allclose(flows, flows.t(), rtol=1e-9, atol=1e-12) or not all(
+            torch.equal(matrix, other) for other in others
+        ):
             raise ValueError(
                 f"D2 needs a symmetric mixing matrix that is the same in all rounds, which {self.topology!r} does not "
                 "have. Use 'gradienttracking' or 'dsgd', or a static topology."
             )
-        lowest = float(torch.linalg.eigvalsh(matrix)[0])
+        lowest = float(torch.linalg.eigvals(matrix).real.min())
         if lowest <= -1 / 3 + 1e-9:
             raise ValueError(
                 f"D2 diverges with {self.topology!r} among {population} clients: its lowest eigenvalue is {lowest:.4f} "

@@ -40,7 +40,8 @@ class Decentralized(Algorithm):
 
     All nodes start from the same model. Their models, each tensor stacked over the clients in the order of their ids,
     are the entry ``"nodes"`` of the state; ``"params"`` is their weighted mean, which validation and checkpoints see.
-    All clients take part in each round; one whose update was refused or lost mixes its unchanged model.
+    All clients take part in each round; one whose update was refused or lost mixes its unchanged model, with the weight
+    of its data.
 
     Where each silo is a rank of its own, it holds only the row of its own node and sends it to its neighbours only;
     ``"params"`` is then its own model, until :meth:`join` gathers all rows.
@@ -58,18 +59,22 @@ class Decentralized(Algorithm):
 
     def server_init(self, params: Tree, population: int) -> State:
         self.topology.check(population)
-        self.check_matrix(population)
+        self.check_matrix(population, None)
         state = {"params": params, "nodes": tree_map(lambda tensor: _repeat(tensor, population), params)}
         zero = next(iter(params.values())).new_zeros((), dtype=torch.int64)
         return {**state, "round": zero, **self.init_more(state["nodes"])}
 
-    def check_matrix(self, population: int) -> None:
+    def check_matrix(self, population: int, weights: Tensor | None) -> None:
         """Checks that the algorithm converges with the topology's mixing matrices.
+
+        Args:
+            population: Number of nodes.
+            weights: Their weights, which are known at the end of the first round. None: not yet known.
 
         Raises:
             ValueError: If it does not.
         """
-        self.topology.matrix(population)
+        self.topology.matrix(population, weights=weights)
 
     def init_more(self, nodes: Tree) -> dict[str, Any]:
         """Further initial entries of the state."""
@@ -95,7 +100,10 @@ class Decentralized(Algorithm):
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         weights = aggregate.node_weights
         assert weights is not None, "needs an aggregator that passes on each client's update, such as Nodes"
-        matrix = self.matrix_of(len(weights), int(server["round"]), weights.cpu()).to(weights.device)
+        round, known = int(server["round"]), weights.cpu()
+        if round == 0:
+            self.check_matrix(len(weights), known)
+        matrix = self.matrix_of(len(weights), round, known).to(weights.device)
         mixing, neighbours = Mixing(matrix, aggregate.neighbours), aggregate.neighbours
         state = {**server, **self.mix(server, aggregate.nodes, mixing), "round": server["round"] + 1}
         if neighbours is not None:

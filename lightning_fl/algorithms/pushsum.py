@@ -36,7 +36,7 @@ class PushSum(Decentralized):
         Assran et al., "Stochastic Gradient Push for Distributed Deep Learning", ICML 2019.
     """
 
-    def check_matrix(self, population: int) -> None:
+    def check_matrix(self, population: int, weights: Tensor | None) -> None:
         self.topology.push_matrix(population)
 
     def init_more(self, nodes: Tree) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.callbacks.run_record import run_folder
 from lightning_fl.communication import Message
 from lightning_fl.engines.tensors import clones
@@ -19,7 +20,7 @@ from lightning_fl.strategies import FederatedStrategy, internals
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import loggers
-from lightning_fl.tracking.metrics import is_higher_better
+from lightning_fl.tracking.metrics import Mode
 from lightning_fl.tracking.run import CLIENTS_STEM, Row, append_rows, read_clients, to_json, write_file
 from lightning_fl.tree import joint_norm, subtract
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
@@ -34,7 +35,8 @@ class ClientMetrics(FederatedCallback):
     :math:`x`, before any transform. ``clients.parquet`` in the run's folder (``clients.csv`` without pyarrow) has a row
     per client and round; during the run the rows are in ``clients.jsonl``, so that a run that is killed loses none.
     For the cohort of each round, the loggers get mean, variance and the mean of the worst tenth (at least one client)
-    under ``clients/``, and at the end a table with each client's last round.
+    under ``clients/``, or the means of the highest and the lowest tenth if neither a ``ModelCheckpoint`` that monitors
+    the value nor its name says which is worse; and at the end a table with each client's last round.
 
     Values logged as numbers in ``training_step``, such as ``self.log("train_acc", accuracy_of_batch)``, have a column
     of their name; logged torchmetrics do not, since their states hold several clients.
@@ -136,7 +138,9 @@ class ClientMetrics(FederatedCallback):
         self._last.update({row["client"]: row for row in rows})
         figures = {}
         for name in ("loss", "drift", *self.names):
-            figures.update(_summary(name, [row[name] for row in rows if row.get(name) is not None]))
+            figures.update(
+                _summary(name, mode_in(trainer, name), [row[name] for row in rows if row.get(name) is not None])
+            )
         internals.log_figures(trainer, {f"clients/{name}": value for name, value in figures.items()})
         if own and view.population.silos is not None:
             loggers.log_own_silo(trainer, own[-1])
@@ -168,17 +172,18 @@ class ClientMetrics(FederatedCallback):
             (folder / f"{CLIENTS_STEM}.{suffix}").unlink(missing_ok=True)
 
 
-def _summary(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Mean and variance over the clients, and the mean of the worst ones (highest; for an accuracy, lowest)."""
+def _summary(name: str, mode: Mode | None, values: Sequence[float]) -> dict[str, float]:
+    """Mean and variance over the clients, and the mean of the worst ones; of both ends if ``mode`` is None."""
     if not values:
         return {}
     ordered = np.sort(np.asarray(values, dtype=float))
     count = max(1, round(SHARE_OF_WORST * len(ordered)))
-    worst = ordered[:count] if is_higher_better(name) else ordered[-count:]
+    lowest, highest = float(ordered[:count].mean()), float(ordered[-count:].mean())
+    ends = {"worst": lowest if mode == "max" else highest} if mode else {"lowest": lowest, "highest": highest}
     return {
         f"{name}_mean": float(ordered.mean()),
         f"{name}_variance": float(ordered.var()),
-        f"{name}_worst_decile": float(worst.mean()),
+        **{f"{name}_{end}_decile": value for end, value in ends.items()},
     }
 
 

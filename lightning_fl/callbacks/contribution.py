@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_fl.callbacks.federated import FederatedCallback
+from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.communication import Message
 from lightning_fl.engines.tensors import clones, load
 from lightning_fl.seeding import isolated_randomness, round_rng
@@ -22,7 +23,7 @@ from lightning_fl.strategies.out_of_loop import validate_out_of_loop
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.validation import forbid_client_disclosure
 from lightning_fl.tracking import loggers
-from lightning_fl.tracking.metrics import is_higher_better
+from lightning_fl.tracking.metrics import Mode
 from lightning_fl.tree import add, clone, scale
 from lightning_fl.types import Aggregate, ClientId, LocalRun, Tree, Update
 
@@ -61,11 +62,14 @@ class Contribution(FederatedCallback):
         every_n_rounds: Measure in every n-th round. Default 1.
         tolerance: For ``"gtg"``, the share of a round's gain below which a gain counts as small. Default 0.01.
         orders: For ``"gtg"``, the maximum number of orders; each evaluates one model per client. Default 20.
+        mode: ``"max"`` if more of ``metric`` is better, ``"min"`` if less is. None, the default: as a
+            ``ModelCheckpoint`` of the Trainer monitors it, else by the words of its name.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: When training starts, if privacy has to hide the clients, or each has a model of its
-            own; in a round of more than 10 clients with ``"shapley"``, or if ``metric`` is not logged.
+            own, or if ``mode`` is None and unclear; in a round of more than 10 clients with ``"shapley"``, or if
+            ``metric`` is not logged.
 
     Reference:
         Liu et al., "GTG-Shapley: Efficient and Accurate Participant Contribution Evaluation in Federated Learning", ACM
@@ -81,7 +85,10 @@ class Contribution(FederatedCallback):
         every_n_rounds: int = 1,
         tolerance: float = 0.01,
         orders: int = 20,
+        mode: Mode | None = None,
     ) -> None:
+        if mode not in (None, "min", "max"):
+            raise ValueError(f"mode={mode!r} is not known; expected 'min', 'max' or None.")
         if method not in get_args(Method):
             raise ValueError(f"method={method!r} is not known; expected {', '.join(map(repr, get_args(Method)))}.")
         if every_n_rounds < 1 or orders < 1 or tolerance < 0:
@@ -91,6 +98,8 @@ class Contribution(FederatedCallback):
             )
         self.root, self.metric, self.method = root, metric, method
         self.every_n_rounds, self.tolerance, self.orders = every_n_rounds, tolerance, orders
+        self.mode = mode
+        self._is_higher_better = False
         self.totals: dict[ClientId, float] = {}
         """The sum of each client's contributions; the same on every rank."""
         self._start: Tree = {}
@@ -106,6 +115,13 @@ class Contribution(FederatedCallback):
         if not isinstance(trainer.strategy, FederatedStrategy):
             rank_zero_info(f"Contribution measures nothing: {type(trainer.strategy).__name__} has no clients.")
             return
+        mode = self.mode or mode_in(trainer, self.metric)
+        if mode is None:
+            raise MisconfigurationException(
+                f"Contribution does not know whether more of {self.metric!r} is better or less. Give it mode='max' or "
+                "mode='min'."
+            )
+        self._is_higher_better = mode == "max"
         settings = trainer.strategy.view.settings
         forbid_client_disclosure("Contribution", settings)
         if settings.algorithm.keeps_nodes:
@@ -198,7 +214,7 @@ class Contribution(FederatedCallback):
         root = trainer.val_dataloaders if self.root is None else self.root
         if root is None:
             raise MisconfigurationException("Contribution has no root data. Give it root=loader, or a validation set.")
-        sign = 1.0 if is_higher_better(self.metric) else -1.0
+        sign = 1.0 if self._is_higher_better else -1.0
         known: dict[frozenset[int], float] = {}
 
         def value(members: frozenset[int]) -> float:
@@ -231,7 +247,7 @@ class Contribution(FederatedCallback):
             return leave_one_out(size, value)
         if self.method == "fedce":
             everybody = frozenset(range(size))
-            best = 1.0 if is_higher_better(self.metric) else 0.0  # the value without any error
+            best = 1.0 if self._is_higher_better else 0.0  # the value without any error
             return fedce(updates, [best - value(everybody - {place}) for place in range(size)])
         return gtg_shapley(size, value, rng, self.tolerance, self.orders)
 

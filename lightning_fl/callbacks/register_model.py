@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import MLFlowLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.callbacks.run_record import MODEL_FILE, global_model
 from lightning_fl.strategies import FederatedStrategy
-from lightning_fl.tracking.metrics import is_higher_better
 
 FOLDER = "model"
 
@@ -33,11 +33,13 @@ class RegisterModel(L.Callback):
         name: Name of the registered model; it is created if it does not exist.
         alias: The alias of the best version. Default ``"champion"``.
         if_better: The metric by which versions are compared. None: the alias always moves. Default ``"val_acc"``.
-        mode: ``"max"`` or ``"min"``; ``"auto"``, the default, decides by the metric's name.
+        mode: ``"max"`` or ``"min"``; ``"auto"``, the default: as the Trainer's ``ModelCheckpoint`` monitors the metric,
+            else by the words of its name.
 
     Raises:
         ValueError: If ``mode`` is unknown.
-        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``.
+        MisconfigurationException: When training starts, if the Trainer has no ``MLFlowLogger``, or if ``mode`` is
+            ``"auto"`` and unclear.
 
     Example:
         >>> register = RegisterModel("digits", if_better="val_acc")
@@ -51,10 +53,18 @@ class RegisterModel(L.Callback):
         self.name = name
         self.alias = alias
         self.if_better = if_better
-        self.is_higher_better = is_higher_better(if_better or "") if mode == "auto" else mode == "max"
+        self.mode = mode
+        self._is_higher_better = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Checks that there is a logger, before hours of training."""
+        """Checks that there is a logger and what is better, before hours of training."""
+        mode = self.mode if self.mode != "auto" or self.if_better is None else mode_in(trainer, self.if_better)
+        if mode is None:
+            raise MisconfigurationException(
+                f"RegisterModel does not know whether more of {self.if_better!r} is better or less. Give it mode='max' "
+                "or mode='min'."
+            )
+        self._is_higher_better = mode == "max"
         if trainer.is_global_zero:
             _logger(trainer)
 
@@ -121,7 +131,7 @@ class RegisterModel(L.Callback):
         other = float(champion.tags.get(self.if_better, "nan")) if champion is not None else math.nan
         if not math.isfinite(other):
             return True
-        return value > other if self.is_higher_better else value < other
+        return value > other if self._is_higher_better else value < other
 
 
 def _logger(trainer: L.Trainer) -> MLFlowLogger:

@@ -21,7 +21,9 @@ import csv
 import io
 import math
 import os
+import re
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +36,19 @@ from rich.table import Table
 from lightning_fl.cli.command import check_output
 from lightning_fl.tracking import Run, plots
 from lightning_fl.tracking.index import write_index
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import Mode, best_metric, mode_of
 from lightning_fl.tracking.tables import markdown_table
 
 MAX_NAME = 48
+MODE_HELP = "whether less or more of the metric is better (default: as ModelCheckpoint monitors it, or by its name)"
 FORMATS = ("table", "csv", "md", "latex")
 Columns = Mapping[str, Sequence[str]]
+_NUMBER = re.compile(r"\d{1,3}(,\d{3})+(\.\d+)?( |$)")
+_LATEX = {
+    **{mark: f"\\{mark}" for mark in "&%_#${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's own options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folders of the runs")
     parser.add_argument("--metric", help="the metric (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--mode", choices=("min", "max"), help=MODE_HELP)
     parser.add_argument("--target", type=float, help="also show the round in which the metric first reached this")
     parser.add_argument("--group-by", metavar="SETTING", help="one row for the runs that share this setting")
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
@@ -71,28 +81,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the tables and writes the picture."""
     check_output(args.out)
-    runs = [Run.read(path) for path in args.runs]
+    runs = read_runs(args.runs)
     metric = args.metric or best_metric(runs)
     for one in runs:
         if metric not in one.metric_names:
             known = ", ".join(one.metric_names) or "none: no round has been finished"
             raise ValueError(f"{one.path} has no metric {metric!r}. Its metrics: {known}.")
     groups = make_groups(runs, args.group_by)
-    show(compare(groups, metric, args.target, args.baseline), args.format)
-    differing = differences(groups)
-    if differing["setting"]:
+    columns, differing = compare(groups, metric, args.target, args.baseline, args.mode), differences(groups)
+    if args.format == "csv":  # one table, for programs
+        rows = zip(differing["setting"], zip(*(differing[group.name] for group in groups), strict=True), strict=True)
+        columns = {**columns, **{f"setting {key}": cells for key, cells in rows}}
+    show(columns, args.format)
+    if differing["setting"] and args.format != "csv":
         print("\nSettings in which they differ:\n" if args.format in ("table", "md") else "")
         show(differing, args.format)
+    # What is printed for a program or a paper is the tables alone.
+    out = sys.stdout if args.format == "table" else sys.stderr
     if args.out.suffix == ".html":
         write_index(runs, args.out)
-        print(f"page: {args.out}")
+        print(f"page: {args.out}", file=out)
         return
     if not plots.is_available():
-        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
+        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"', file=out)
         return
     args.out.write_bytes(curves_of(groups, metric))
-    if args.format == "table":
-        print(f"picture: {args.out}")
+    print(f"picture: {args.out}", file=out)
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs of some folders. What a pattern such as ``logs/*`` finds beside them is left out, and said.
+
+    Raises:
+        ValueError: If a folder does not exist, or none of them holds a run that has finished a round.
+    """
+    runs, left_out = [], []
+    for path in paths:
+        try:
+            run = Run.read(path)
+            if not run.rounds:
+                raise ValueError(f"{path} has finished no round; its status: {run.facts.get('status', '?')}.")
+            runs.append(run)
+        except ValueError as error:
+            if not Path(path).exists():
+                raise
+            left_out.append(str(error))
+    if not runs:
+        raise ValueError(left_out[0])
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    return runs
 
 
 def make_groups(runs: Sequence[Run], setting: str | None) -> list[Group]:
@@ -123,18 +161,25 @@ def short_names(runs: Sequence[Run]) -> list[str]:
     return [name if len(name) <= MAX_NAME else "..." + name[3 - MAX_NAME :] for name in names]
 
 
-def compare(groups: Sequence[Group], metric: str, target: float | None, baseline: str | None) -> Columns:
+def compare(
+    groups: Sequence[Group], metric: str, target: float | None, baseline: str | None, mode: Mode | None = None
+) -> Columns:
     """The table: a row for each group, numbers with their deviation where a group has several runs.
 
     Raises:
-        ValueError: If there is no group of the baseline's name.
+        ValueError: If there is no group of the baseline's name, or a target of a metric whose mode is unknown.
     """
-    is_higher = is_higher_better(metric)
     everything = [group.runs for group in groups]
+    mode = mode or mode_of(metric, [one for runs in everything for one in runs])
+    if target is not None and mode is None:
+        raise ValueError(f"Whether more of {metric!r} is better or less is not known; give --mode max or --mode min.")
     columns: dict[str, Sequence[str]] = {"run": [group.name for group in groups]}
     columns["algorithm"] = [", ".join(dict.fromkeys(map(_algorithm, runs))) for runs in everything]
     if any(len(runs) > 1 for runs in everything):
         columns["runs"] = [str(len(runs)) for runs in everything]
+    ended = [", ".join(dict.fromkeys(_status(one) for one in runs)) for runs in everything]
+    if any(status != "finished" for status in ended):
+        columns["status"] = ended
     columns["rounds"] = [_spread([len(one.rounds) for one in runs], ",.4g") for runs in everything]
     last = [[one.metric(metric)[1][-1] for one in runs] for runs in everything]
     columns[f"last {metric}"] = [_spread(values, ".4g") for values in last]
@@ -144,11 +189,16 @@ def compare(groups: Sequence[Group], metric: str, target: float | None, baseline
             raise ValueError(f"There is no row {baseline!r} for --baseline; the rows are {', '.join(names)}.")
         reference = statistics.fmean(last[names.index(baseline)])
         columns["difference"] = [f"{statistics.fmean(values) - reference:+.4g}" for values in last]
-    best = [[_best(one, metric, is_higher) for one in runs] for runs in everything]
-    columns["highest" if is_higher else "lowest"] = [_spread([value for value, _ in pairs], ".4g") for pairs in best]
-    columns["in round"] = [_spread([number for _, number in pairs], ",.4g") for pairs in best]
+    # Where it is not known which of the two is the best, both are shown.
+    for shown in [mode] if mode else ["max", "min"]:
+        best = [[_best(one, metric, shown == "max") for one in runs] for runs in everything]
+        end = "highest" if shown == "max" else "lowest"
+        columns[end] = [_spread([value for value, _ in pairs], ".4g") for pairs in best]
+        columns["in round" if mode else f"{end} in round"] = [
+            _spread([number for _, number in pairs], ",.4g") for pairs in best
+        ]
     if target is not None:
-        reached = [[_reached(one, metric, target, is_higher) for one in runs] for runs in everything]
+        reached = [[_reached(one, metric, target, mode == "max") for one in runs] for runs in everything]
         columns[f"{target:g} in round"] = [_spread(rounds, ",.4g", absent="never") for rounds in reached]
     columns["steps"] = [_spread([one.total("num_steps") or 0 for one in runs], ",.0f") for runs in everything]
     sent = [[(one.total("num_bytes") or 0) / 1e6 for one in runs] for runs in everything]
@@ -165,7 +215,9 @@ def differences(groups: Sequence[Group]) -> Columns:
     def values(group: Group, key: str) -> list[str]:
         return list(dict.fromkeys(one.settings[key] for one in group.runs if key in one.settings))
 
-    differing = [key for key in keys if len({value for group in groups for value in values(group, key)}) > 1]
+    differing = [
+        key for key in keys if len({tuple(sorted(own)) for group in groups if (own := values(group, key))}) > 1
+    ]
     cells = {group.name: [", ".join(values(group, key)) or "-" for key in differing] for group in groups}
     return {"setting": differing, **cells}
 
@@ -177,7 +229,7 @@ def show(columns: Columns, kind: str) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
-        is_word = name in ("run", "algorithm", "setting") or "setting" in columns
+        is_word = name in ("run", "algorithm", "status", "setting") or "setting" in columns
         # Words may wrap in a narrow terminal; a number must not be cut off.
         table.add_column(escape(name), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in zip(*columns.values(), strict=True):
@@ -190,7 +242,11 @@ def as_text(columns: Columns, kind: str) -> str:
     rows = list(zip(*columns.values(), strict=True))
     if kind == "csv":
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([list(columns), *rows])
+        # Programs read 2400 and not 2,400.
+        plain = [
+            [re.sub(r"(?<=\d),(?=\d{3}\b)", "", cell) if _NUMBER.match(cell) else cell for cell in row] for row in rows
+        ]
+        csv.writer(text).writerows([list(columns), *plain])
         return text.getvalue()
     if kind == "md":
         return markdown_table(list(columns), rows) + "\n"
@@ -235,13 +291,15 @@ def _spread(values: Sequence[float | None], form: str, absent: str = "-") -> str
 
 
 def _latex(text: str) -> str:
-    for mark in "&%_#$":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("±", r"$\pm$")
+    return "".join(_LATEX.get(mark, mark) for mark in text)
 
 
 def _algorithm(run: Run) -> str:
     return run.settings.get("algorithm", "centralised").partition("(")[0]
+
+
+def _status(run: Run) -> str:
+    return str(run.facts.get("status", "?")).partition(":")[0]
 
 
 def _finite(run: Run, metric: str) -> list[tuple[float, int]]:

@@ -28,7 +28,7 @@ from lightning_fl.cli.compare import Group
 from lightning_fl.cli.sweep_runs import Point, SweepRun
 from lightning_fl.tracking import Run, plots
 from lightning_fl.tracking.index import write_index
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of, mode_of_name
 from lightning_fl.tracking.run import write_file
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, help="number of settings that --tune tries (default: 20)")
     parser.add_argument("--jobs", type=int, default=1, help="number of parallel runs (default: %(default)s)")
     parser.add_argument("--metric", help="what to compare (default: validation accuracy if there is one, else loss)")
+    parser.add_argument("--mode", choices=("min", "max"), help=compare.MODE_HELP)
     parser.add_argument("--baseline", metavar="NAME", help="a row's name: the others show their difference from it")
     parser.add_argument("--format", choices=compare.FORMATS, default="table", help="how to print (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("sweep"), help="the folder (default: %(default)s)")
@@ -116,7 +117,7 @@ def summarise(groups: Sequence[Group], args: argparse.Namespace) -> None:
     """Prints the table, and writes it with the curves and the page of all runs."""
     runs = [one for group in groups for one in group.runs]
     metric = args.metric or best_metric(runs)
-    columns = compare.compare(groups, metric, None, args.baseline)
+    columns = compare.compare(groups, metric, None, args.baseline, args.mode)
     compare.show(columns, args.format)
     for kind, name in TABLES.items():
         write_file(args.out / name, compare.as_text(columns, kind))
@@ -180,7 +181,8 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
 
     Raises:
         ImportError: If Optuna is not installed.
-        ValueError: If there is no metric, or a range is not valid.
+        ValueError: If there is no metric, it is not known in which direction it gets
+            better, or a range is not valid.
     """
     try:
         import optuna
@@ -192,11 +194,15 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
     space = dict(map(parse_space, args.tune))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(args.out / JOURNAL)))
-    is_higher = is_higher_better(args.metric)
+    mode = args.mode or mode_of_name(args.metric)
+    if mode is None:
+        raise ValueError(
+            f"Whether more of {args.metric!r} is better or less is not known; give --mode max or --mode min."
+        )
     study = optuna.create_study(
-        study_name=f"{args.metric} of {sorted(args.tune)} with seeds {seeds}",
+        study_name=f"{mode} {args.metric} of {sorted(args.tune)} with seeds {seeds}",
         storage=storage,
-        direction="maximize" if is_higher else "minimize",
+        direction=f"{mode}imize",
         load_if_exists=True,
     )
     # A resumed study draws different numbers than at its beginning.
@@ -233,9 +239,14 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
                 study.tell(trial, state=state.FAIL)
                 continue
             groups[group.name] = group
+            if args.mode is None and mode_of(args.metric, group.runs) != mode:
+                raise ValueError(
+                    f"By its name the {mode} of {args.metric!r} is the best, but the runs' ModelCheckpoint has the "
+                    "other mode. Give --mode, or correct the checkpoint's mode."
+                )
             study.tell(trial, _mean(group, args.metric))
         tried += together
-    best_first = sorted(groups.values(), key=lambda group: _mean(group, args.metric), reverse=is_higher)
+    best_first = sorted(groups.values(), key=lambda group: _mean(group, args.metric), reverse=mode == "max")
     if best_first:
         print(f"best: {best_first[0].name}")
     return best_first

@@ -111,6 +111,11 @@ class Population:
             sizes.append(size)
         return sizes
 
+    def known_sizes(self) -> dict[ClientId, int]:
+        """Examples of those clients of which this rank knows them before training."""
+        sizes = {client: self.num_examples(client, self.loaders[client]) for client in self.loaders}
+        return {client: size for client, size in sizes.items() if size is not None}
+
     def max_examples(self) -> int | None:
         """Examples of the largest client; None for silos, whose sizes are private, and if a size is not declared."""
         if self.silos is not None:

@@ -14,6 +14,7 @@ from lightning_fl.data.holdout import Part
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
 from lightning_fl.privacy.scaling import PrivateScaling, ScalingRelease
+from lightning_fl.strategies.validation import OWN_TO_EACH_SILO
 from lightning_fl.types import ClientId
 
 _EVERYONE = "everyone"  # the only client of a table without a client column
@@ -92,6 +93,7 @@ class TabularDataModule(NaturalDataModule):
             )
         if target == client:
             raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
+        self.gives_clients = client is not None
         self.path, self.target, self.client = path, target, client
         self.features, self.drop, self.task, self.missing = features, drop, task, missing
         self.schema_path, self.scaling = schema, scaling
@@ -145,7 +147,7 @@ class TabularDataModule(NaturalDataModule):
             return {}
         schema = self.schema
         classes = "a number" if schema.classes is None else ", ".join(map(repr, schema.classes))
-        shared = "each silo's own" if schema.origin == "data" else repr(dict(schema.numeric))
+        shared = OWN_TO_EACH_SILO if schema.origin == "data" else repr(dict(schema.numeric))
         return {
             "target": schema.target,
             "features": ", ".join(schema.feature_names),

@@ -227,7 +227,12 @@ class RoundDriver:
             min_cohort_size=least,
             clients=population.ids,
             seed=self.settings.seed,
+            weights=self._weights,
         )
+
+    def _weights(self) -> dict[ClientId, float]:
+        sizes = self.population.known_sizes()
+        return {client: self.settings.weight_of(size) for client, size in sizes.items()}
 
     @property
     def module(self) -> L.LightningModule:

@@ -67,6 +67,7 @@ from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
 from lightning_fl.strategies.one_package import refuse_apart
+from lightning_fl.strategies.rank_sync import name_round
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.scheduling import check_clients, check_learning_rates, check_schedule, choose_schedule
@@ -102,6 +103,7 @@ from lightning_fl.strategies.validation import (
     settings_of_ranks,
     settings_of_training,
     versions,
+    warn_of_own_scaling,
     warn_of_processes,
 )
 from lightning_fl.topologies import Topology
@@ -502,6 +504,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
         is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
         columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
+        if self._validation_is_per_rank and (self.network is not None or not self.federation.is_alone):
+            warn_of_own_scaling(columns)
         if not self.federation.is_alone:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
             for group in (self.federation.inner, self.federation):
@@ -717,6 +721,8 @@ class FederatedStrategy(internals.ReusableStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leaves word for the other ranks, which would only see that this one is gone."""
         self._error = exception
+        if isinstance(exception, RankLost) and self.history:  # outside a round, such as in validation
+            name_round(exception, f"After round {self.history[-1]['round']}")
         if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
             hides = is_private(self.aggregator, self.transforms, self._protects_examples)
             self.federation.leave(describe_failure(exception, hides))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lightning_fl.aggregation import Aggregator, Corruption, ElectedMean, Nodes, Transform, WeightedMean
-from lightning_fl.algorithms import DSGD, Algorithm, Decentralized, FedAvg, Weighting
+from lightning_fl.algorithms import DSGD, Algorithm, Decentralized, FedAvg, PushSum, Weighting
 from lightning_fl.clients import Cohort, RoundRobin, Uniform
 from lightning_fl.topologies import Cyclic, Swarm, Topology
 
@@ -55,6 +55,10 @@ def place(settings: Placed, topology: Topology | None) -> Placed:
         )
     if topology is not None and isinstance(algorithm, Decentralized):
         settings = replace(settings, algorithm=replace(algorithm, topology=topology))
+    if isinstance(algorithm, PushSum) and settings.weighting == "examples":
+        raise ValueError(
+            "Push-sum gives all clients the same weight: weighting='examples' would be ignored. Leave it out."
+        )
     return _whole(settings)
 
 

@@ -17,7 +17,7 @@ class Edges(Topology):
     r"""HierFAVG: clients average at an edge server each round, and all edges average at the cloud every few rounds.
 
     After a round each client has the weighted mean of its edge's clients; after every ``edge_rounds``-th round it has
-    the mean of all. With ``edge_rounds=1`` it is federated averaging.
+    the mean of all. An edge without data keeps its model until then. With ``edge_rounds=1`` it is federated averaging.
 
     Args:
         groups: The clients of each edge, by their positions in the order of the clients' ids; or the number of edges,
@@ -69,9 +69,11 @@ class Edges(Topology):
             return own.expand(num_nodes, num_nodes).clone()
         found = torch.zeros(num_nodes, num_nodes, dtype=torch.float64)
         for group in self.members(num_nodes):
-            shares = own[group] / own[group].sum()
+            total = own[group].sum()
             for node in group:
-                found[node, group] = shares
+                found[node, group] = own[group] / total if total > 0 else 0.0
+                if not total > 0:
+                    found[node, node] = 1.0
         return found
 
     def check(self, num_nodes: int) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
+import torch
 from torch import Tensor
 
 from lightning_fl.seeding import round_rng
@@ -48,6 +49,9 @@ class Exponential(Topology):
         one_peer: Whether each round uses only one of these distances, in turn: one message per node and round, and the
             exact mean after :math:`\log_2 n` rounds if the number of clients is a power of 2. Default False: all
             distances in every round.
+
+    Raises:
+        ValueError: In the first round, if the clients' weights differ.
     """
 
     one_peer: bool = False
@@ -66,6 +70,12 @@ class Exponential(Topology):
         return ((node, (node + distance) % num_nodes) for node in range(num_nodes) for distance in distances)
 
     def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
+        if weights is not None and not torch.allclose(weights, weights.new_tensor(1 / num_nodes)):
+            low, high = weights.min(), weights.max()
+            raise ValueError(
+                f"{self!r} mixes all clients alike, but their weights are {low:.3g} to {high:.3g}, so that they would "
+                "be ignored. Use weighting='uniform', or a graph whose edges go both ways."
+            )
         # Every node has the same number of senders and receivers, so equal shares give a doubly stochastic matrix.
         return self.push_matrix(num_nodes, round)
 

@@ -50,10 +50,12 @@ class Topology(ABC):
         return found.fill_diagonal_(False)
 
     def matrix(self, num_nodes: int, round: int = 0, weights: Tensor | None = None) -> Tensor:
-        r"""The mixing matrix :math:`W`, whose rows and columns add up to 1: float64 ``[num_nodes, num_nodes]``.
+        r"""The mixing matrix :math:`W`, which keeps the weighted mean of models: float64 ``[num_nodes, num_nodes]``.
 
-        By default Metropolis weights, :math:`W_{ij} = 1 / (1 + \max(d_i, d_j))` for neighbours of degrees :math:`d`,
-        and the rest on the diagonal.
+        Its rows add up to 1, and :math:`\sum_i p_i W_{ij} = p_j` for weights :math:`p`: with equal ones its columns add
+        up to 1 too. By default Metropolis-Hastings, :math:`W_{ij} = \min(1 / (1 + d_i), \, p_j / (p_i (1 + d_j)))` for
+        neighbours of degrees :math:`d`, and the rest on the diagonal; a node of weight 0 passes on what it hears as one
+        of mean weight.
 
         Args:
             num_nodes: Number of nodes.
@@ -61,13 +63,19 @@ class Topology(ABC):
             weights: The nodes' weights in the mean of all models; they add up to 1. None: uniform.
 
         Raises:
-            ValueError: If the graph is directed, so that these weights give no such matrix.
+            ValueError: If no such matrix follows from the graph, because it is directed.
+
+        Reference:
+            Hastings, "Monte Carlo Sampling Methods Using Markov Chains and Their Applications", Biometrika 1970.
         """
         if self.is_directed:
             raise ValueError(f"{self!r} is directed: use algorithm='pushsum', or a graph whose edges go both ways.")
         links = self.links(num_nodes, round)
-        degrees = links.sum(1).double()
-        found = torch.where(links, 1 / (1 + torch.maximum(degrees[:, None], degrees)), 0.0)
+        offers = 1 / (1 + links.sum(1).double())
+        own = torch.ones(num_nodes, dtype=torch.float64) if weights is None else weights.double()
+        # Whoever has no data changes nothing, so that any weight keeps the others' optimum; with 0 it would cut a path.
+        own = torch.where(own > 0, own, own.sum() / (own > 0).sum())
+        found = torch.where(links, torch.minimum(offers[:, None], own / own[:, None] * offers), 0.0)
         return found + torch.diag(1 - found.sum(1))
 
     def push_matrix(self, num_nodes: int, round: int = 0) -> Tensor:

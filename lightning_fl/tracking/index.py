@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from lightning_fl.tracking.interactive import side_by_side
 from lightning_fl.tracking.markup import number, page
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of
 from lightning_fl.tracking.report import duration, started
 from lightning_fl.tracking.run import Run, write_file
 
@@ -67,5 +67,6 @@ def _metric(run: Run) -> list[str]:
     values = [value for value in run.metric(name)[1] if value == value]
     if not values:
         return [name, "nan", "-"]
-    best = max(values) if is_higher_better(name) else min(values)
-    return [name, number(values[-1]), number(best)]
+    ends = {"min": number(min(values)), "max": number(max(values))}
+    mode = mode_of(name, [run])
+    return [name, number(values[-1]), ends[mode] if mode else f"{ends['min']} to {ends['max']}"]

@@ -10,13 +10,15 @@ from typing import Any
 
 from lightning_fl.tracking import interactive, markup, plots
 from lightning_fl.tracking.answers import ANSWERS_FILE, content_of, read_answers
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of
 from lightning_fl.tracking.run import Run, write_file
 
 MAX_PANELS = 8
 EVALUATED = ("personalized/", "global/", "local/")
 """Prefix of the metrics of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
 CONTRIBUTION = "contribution/"
+LEAST_SECONDS = 0.005
+"""Less than that, over a whole run, is not shown: what a run does not do takes some microseconds too."""
 PHASES = {
     "read": "waiting for data",
     "train": "local training",
@@ -71,12 +73,13 @@ def _head(run: Run) -> str:
     if run.metric_names:
         name = best_metric([run])
         rounds, values = run.metric(name)
-        choose = max if is_higher_better(name) else min
         finite = [(value, at) for at, value in zip(rounds, values, strict=True) if value == value]
         cards.append((markup.number(values[-1]), f"{name} in the last round"))
-        if finite:
-            best, at = choose(finite, key=lambda pair: pair[0])
-            cards.append((markup.number(best), f"{'highest' if choose is max else 'lowest'} {name}, round {at}"))
+        mode = mode_of(name, [run])
+        for choose, end in ((max, "highest"), (min, "lowest")):
+            if finite and mode in (None, choose.__name__):  # both, where it is not known which is the best
+                value, at = choose(finite, key=lambda pair: pair[0])
+                cards.append((markup.number(value), f"{end} {name}, round {at}"))
     for prefix in ("dp", "dp_example"):
         if f"{prefix}_unit" in run.rounds[-1]:
             epsilon = run.rounds[-1][f"{prefix}_epsilon"]
@@ -153,23 +156,25 @@ def _after_the_last_round(run: Run) -> str:
     names = dict.fromkeys(name for row in rows for name in row["metrics"])
     if not names:
         return ""
-    name = min(names, key=lambda own: (not is_higher_better(own), list(names).index(own)))
+    name = min(names, key=lambda own: (mode_of(own, [run]) != "max", list(names).index(own)))
+    mode = mode_of(name, [run])
+    first, last = ("worst", "best") if mode else ("lowest", "highest")
     by_model: dict[str, dict[Any, float]] = {}
     for row in rows:
         if row["metrics"].get(name) is not None:
             by_model.setdefault(row["model"], {})[row["client"]] = row["metrics"][name]
-    ordered = {model: sorted(values.values(), reverse=not is_higher_better(name)) for model, values in by_model.items()}
+    ordered = {model: sorted(values.values(), reverse=mode == "min") for model, values in by_model.items()}
     curves = {model: (list(range(1, len(values) + 1)), values) for model, values in ordered.items()}
     label = f"{name} of a client"
     figure = markup.image(
-        plots.curves_figure(curves, label, xlabel="clients, the worst first"),
-        f"{name} on each client's own validation data, the worst client first",
+        plots.curves_figure(curves, label, xlabel=f"clients, the {first} first"),
+        f"{name} on each client's own validation data, the {first} client first",
         curves,
         label,
-        "clients, the worst first",
+        f"clients, the {first} first",
     )
     summary = markup.table(
-        ["model", f"mean {name}", "worst client", "median client", "best client"],
+        ["model", f"mean {name} over clients", f"{first} client", "median client", f"{last} client"],
         [[model, sum(own) / len(own), own[0], own[len(own) // 2], own[-1]] for model, own in ordered.items()],
     )
     sizes = {row["client"]: row["num_examples"] for row in rows}
@@ -325,7 +330,7 @@ def _costs(run: Run) -> str:
         name = next(iter(drawn))
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
-    phases = {label: values for label, values in phases.items() if any(values)}
+    phases = {label: values for label, values in phases.items() if sum(values) >= LEAST_SECONDS}
     figures.append(markup.image(plots.phases_figure(rounds, phases), "time of each round by phase, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())

@@ -128,6 +128,12 @@ class Run:
         return dict(self.facts.get("settings", {}))
 
     @property
+    def modes(self) -> dict[str, Any]:
+        """By metric ``"min"`` or ``"max"``, as the run's ``ModelCheckpoint`` and ``EarlyStopping`` monitor it."""
+        found = self.facts.get("modes")
+        return {n: mode for n, mode in found.items() if mode in ("min", "max")} if isinstance(found, dict) else {}
+
+    @property
     def algorithm(self) -> str:
         """The algorithm with its hyper-parameters, or the strategy's name if the run was not federated."""
         return self.settings.get("algorithm", self.settings.get("strategy", "?"))

@@ -75,6 +75,9 @@ def test_the_loggers_get_mean_variance_and_the_worst() -> None:
     assert float(logged["clients/loss_mean"]) == pytest.approx(losses.mean().item())
     assert float(logged["clients/loss_variance"]) == pytest.approx(losses.var(correction=0).item())
     assert float(logged["clients/loss_worst_decile"]) == pytest.approx(losses.sort().values[-2:].mean().item())
+    assert float(logged["clients/doubled_highest_decile"]) == pytest.approx(2 * losses.sort().values[-2:].mean().item())
+    assert float(logged["clients/doubled_lowest_decile"]) == pytest.approx(2 * losses.sort().values[:2].mean().item())
+    assert "clients/doubled_worst_decile" not in logged  # whether less is worse is not known
     assert float(logged["clients/doubled_mean"]) == pytest.approx(2 * losses.mean().item(), rel=1e-5)
 
 

@@ -11,6 +11,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -137,6 +138,35 @@ def test_fedce_favours_who_points_elsewhere_and_is_missed() -> None:
 
 
 @pytest.mark.slow
+class Named(Rooted):
+    """Logs the loss and its negative under names that do not tell which is better."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        (e,) = batch
+        loss = (0.5 * (self.x - e) ** 2).mean()
+        self.log_dict({"val_less": loss, "val_more": -loss, "val_score_loss": loss}, on_epoch=True)
+
+
+def test_its_sign_is_declared_or_known() -> None:
+    def measured(metric: str, *more: L.Callback, **kwargs: Any) -> list[float]:
+        callback = fl.callbacks.Contribution(metric=metric, method="leave_one_out", **kwargs)
+        fit = trainer(
+            FederatedStrategy("fedavg", local_steps=5), 1, callbacks=[callback, *more], enable_checkpointing=bool(more)
+        )
+        fit.fit(Named(), clients_of(E, H, (10, 30, 20)))
+        return list(callback.totals.values())
+
+    expected = pytest.approx(LEFT_OUT, rel=1e-8)
+    assert measured("val_less", mode="min") == expected
+    assert measured("val_more", mode="max") == expected
+    assert measured("val_more", ModelCheckpoint("saved", monitor="val_more", mode="max")) == expected
+    assert measured("val_score_loss") == expected
+    with pytest.raises(MisconfigurationException, match=r"more of 'val_less' is better.* Give it mode='max' or"):
+        measured("val_less")
+    with pytest.raises(ValueError, match="expected 'min', 'max' or None"):
+        fl.callbacks.Contribution(mode="more")  # type: ignore[arg-type]
+
+
 def test_the_report_shows_who_contributes_what() -> None:
     record, callback = fl.callbacks.RunRecord("run"), fl.callbacks.Contribution()
     strategy = FederatedStrategy("fedavg", local_steps=5)

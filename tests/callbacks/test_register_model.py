@@ -81,3 +81,5 @@ def test_wrong_settings_are_refused_before_training() -> None:
         trainer("fedavg", callbacks=[RegisterModel("digits")]).fit(Plain(), image_clients())
     with pytest.raises(ValueError, match="'auto', 'max' or 'min'"):
         RegisterModel("digits", mode="best")
+    with pytest.raises(MisconfigurationException, match=r"more of 'val_x' is better or less\. Give it mode='max'"):
+        trainer("fedavg", callbacks=[RegisterModel("digits", if_better="val_x")]).fit(Plain(), image_clients())

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import pytest
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -102,6 +102,13 @@ def test_a_centralised_run_is_recorded_to_be_compared() -> None:
     assert len(found.rounds) == 2
     assert found.total("num_steps") == run.global_step == 16
     assert (found.settings["strategy"], found.partition) == ("SingleDeviceStrategy", None)
+
+
+def test_the_record_says_in_which_direction_metrics_get_better() -> None:
+    stop = EarlyStopping("val_loss")
+    options: dict[str, Any] = {"enable_checkpointing": True}
+    _, found = record(extra=[stop, ModelCheckpoint("saved", monitor="val_acc", mode="max")], rounds=1, **options)
+    assert found.modes == {"val_loss": "min", "val_acc": "max"}
 
 
 class Fails(L.Callback):

@@ -148,6 +148,25 @@ def test_of_a_loss_the_lowest_is_the_best(capsys: pytest.CaptureFixture[str]) ->
     assert re.search(r"FedAvg +3 +0\.3 +0\.1 +2 +2 ", printed)
 
 
+def test_where_the_direction_is_unknown_both_ends_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5, 0.1, 0.3], name="val_x")
+    main(["compare", "a", "--format", "csv"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert [row[name] for name in ("highest", "highest in round", "lowest", "lowest in round")] == [
+        "0.5",
+        "1",
+        "0.1",
+        "2",
+    ]
+    assert "give --mode max or --mode min" in refused(capsys, "compare", "a", "--target", "0.2")
+    main(["compare", "a", "--format", "csv", "--mode", "min", "--target", "0.2"])
+    (row,) = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (row["lowest"], row["0.2 in round"], "highest" in row) == ("0.1", "2", False)
+    main(["report", "a"])
+    page = Path("a/report.html").read_text(encoding="utf-8")
+    assert all(text in page for text in ("highest val_x, round 1", "lowest val_x, round 2"))
+
+
 def test_a_metric_that_a_run_lacks_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     write_run(Path("a"), [0.5])
     assert refused(capsys, "compare", "a", "--metric", "f1").endswith("has no metric 'f1'. Its metrics: val_acc.")
@@ -183,6 +202,36 @@ def test_tables_for_papers(capsys: pytest.CaptureFixture[str]) -> None:
     assert r"FedAvg() & FedAvg & 2 & 2 & 0.85 $\pm$ 0.071 &" in capsys.readouterr().out
     main(["compare", *runs, "--format", "md"])
     assert "| FedAvg_0 | FedAvg | 2 | 0.8 |" in capsys.readouterr().out
+
+
+def test_marks_of_latex_in_settings_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_run(Path(name), [0.5], path=rf"C:\{name}_{{1}} ~50% <x^2>")
+    main(["compare", "a", "b", "--format", "latex"])
+    shown = r"C:\textbackslash{}a\_\{1\} \textasciitilde{}50\% \textless{}x\textasciicircum{}2\textgreater{}"
+    assert f"path & {shown} &" in capsys.readouterr().out
+
+
+def test_a_table_for_programs_is_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5] * 400, mu="0.1")
+    write_run(Path("b"), [0.5], mu="0.2")
+    main(["compare", "a", "b", "--format", "csv"])
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (first["setting mu"], second["setting mu"]) == ("0.1", "0.2")
+    assert first["steps"] == "2000"
+
+
+def test_what_is_no_run_or_has_no_round_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("logs/good"), [0.5])
+    write_run(Path("logs/early"), [])
+    Path("logs/index.html").touch()
+    main(["compare", "logs/early", "logs/good", "logs/index.html"])
+    printed = capsys.readouterr()
+    assert re.findall(r"FedAvg +(\d)", printed.out) == ["1"]
+    assert "left out: logs/early has finished no round" in printed.err
+    assert "left out: logs/index.html is not a folder" in printed.err
+    assert "logs/god is not a folder" in refused(capsys, "compare", "logs/god", "logs/good")
+    assert "has finished no round" in refused(capsys, "compare", "logs/early")
 
 
 def test_no_number_is_cut_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import statistics
 from pathlib import Path
@@ -21,6 +22,7 @@ class Trainings:
     def __init__(self) -> None:
         self.trained: list[str] = []
         self.breaks: set[str] = set()
+        self.modes: dict[str, str] = {}
 
     def __call__(self, run: SweepRun, threads: int) -> None:
         self.trained.append(str(run))
@@ -28,6 +30,8 @@ class Trainings:
             raise ValueError("the last line of its output")
         lr = float(run.point.get("model.lr", 0.5))
         write_run(run.folder, [0.1, 0.9 - (lr - 0.3) ** 2 + run.seed / 100], algorithm=run.point.get("a", "FedAvg()"))
+        facts = json.loads((run.folder / "run.json").read_text())
+        (run.folder / "run.json").write_text(json.dumps({**facts, "modes": self.modes}))
 
 
 @pytest.fixture
@@ -97,6 +101,7 @@ def test_a_sweep_goes_on_grows_and_survives_a_run_that_fails(
         (["--trials", "3"], "give --tune"),
         (["--tune", "a=1:2", "--vary", "b=1,2"], "not both"),
         (["--tune", "a=1:2"], "give --metric"),
+        (["--tune", "a=1:2", "--metric", "val_x"], "give --mode max or --mode min"),
         (["--tune", "a=2:1", "--metric", "val_acc"], "is not a range"),
         (["--tune", "a=0:1:log", "--metric", "val_acc"], "is not a range"),
         (["--config", "nowhere.yaml"], "There is no file nowhere.yaml"),
@@ -164,6 +169,17 @@ def test_optuna_finds_the_best_and_goes_on_where_it_was_stopped(
     assert next(csv.DictReader(Path("sweep/table.csv").read_text().splitlines()))["run"] == best
     main([*words, "12"])
     assert len(trainings.trained) == 24
+
+
+def test_a_declared_mode_decides_what_is_the_best(trainings: Trainings, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*SWEEP, "--tune", "model.lr=0.2,3.0", "--metric", "val_acc", "--trials", "4"]
+    main([*words, "--mode", "min"])
+    assert re.findall(r"best: (\S+)", capsys.readouterr().out) == ["3.0"]
+    assert "lowest" in Path("sweep/table.csv").read_text()
+    trainings.modes = {"val_acc": "min"}
+    with pytest.raises(SystemExit):
+        main([*words, "--seeds", "7"])
+    assert "the runs' ModelCheckpoint has the other mode. Give --mode" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_silos_share_a_schema(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0]
     assert x[:, 3:].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schema.json", "silo.csv", "visits.csv"]
-    with pytest.raises(ValueError, match="leave out features, drop and task"):
+    with pytest.raises(ValueError, match="Leave out features, drop and task"):
         TabularDataModule("silo.csv", "buys", schema="schema.json", drop=["age"])
 
 
@@ -235,6 +235,21 @@ def test_the_same_module_trains_federated_and_centralised(strategy: str, target:
         assert trainer.callback_metrics["val_acc"] > 0.9
     else:
         assert trainer.callback_metrics["val_mae"] < 0.2 * np.std(np.arange(200)) * 1000
+
+
+def test_a_column_in_other_units_is_told(tmp_path: Path) -> None:
+    TableSchema.from_ranges("ill", {"age": (0.0, 100.0)}, classes=["no", "yes"]).save("schema.json")
+
+    def silo(factor: int) -> TabularDataModule:
+        lines = ["age,ill", *(f"{factor * (20 + age)},{'yes' if age % 2 else 'no'}" for age in range(40))]
+        data = TabularDataModule(write(lines, "silo.csv"), "ill", schema="schema.json")
+        data.setup()
+        return data
+
+    silo(1)
+    silo(2)
+    with pytest.warns(UserWarning, match="'age' of silo.csv has values around 1.442e.04, where the schema expects 50 "):
+        silo(365)
 
 
 def test_values_that_the_schema_does_not_list_are_told(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lightning_fl.tracking import Run
-from lightning_fl.tracking.metrics import best_metric, is_higher_better
+from lightning_fl.tracking.metrics import best_metric, mode_of, mode_of_name
 from lightning_fl.tracking.run import as_number, read_rows, to_json, write_file
 
 
@@ -88,5 +88,25 @@ def test_the_metric_to_look_at() -> None:
         best_metric(runs)
     run = Run(Path("x"), {}, [{"round": 0, "metrics": {"train_acc": 1.0, "val_loss": 1.0, "val_acc": 1.0}}])
     assert best_metric([run]) == "val_acc"
-    assert is_higher_better("val_acc")
-    assert not is_higher_better("val_loss")
+
+
+BY_NAME = {
+    "max": "val_acc train_accuracy val_MulticlassF1Score MulticlassAUROC val_mcc val_kappa val_mAP val_mAP@50 IoU "
+    "val_mIoU val_ssim val_cindex c-index val_specificity val_ndcg@10 recall@5 val_reward val_top5 R2Score val_auc "
+    "personalized/val_dice val_exact_match val_preferred",
+    "min": "val_loss loss train_loss_epoch val_dice_loss soft-iou-loss val_brier_score fid_score MeanSquaredError "
+    "val_mae top5_error val_perplexity negative_log_likelihood hd95 val_ece clients/loss_mean accuracy_error valLoss",
+    None: "val_remap val_place val_x acc_gap val_acc_std neg_mean_squared_error accident diceware",
+}
+
+
+def test_the_direction_of_a_metric_is_read_from_whole_words() -> None:
+    names = {name: mode for mode, text in BY_NAME.items() for name in text.split()}
+    assert {name: mode_of_name(name) for name in names} == names
+
+
+def test_what_a_run_declares_comes_before_the_name() -> None:
+    run = Run(Path("x"), {"modes": {"val_acc": "min", "val_x": "max"}}, [])
+    other = Run(Path("y"), {"modes": {"val_acc": "max"}}, [])
+    assert [mode_of(name, [run]) for name in ("val_acc", "val_x", "personalized/val_x")] == ["min", "max", "max"]
+    assert mode_of("val_acc", [run, other]) == "max"  # they disagree, so the name decides

@@ -17,7 +17,7 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.rows import complete, real_dtype
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
-from lightning_fl.tree import Layout, as_real
+from lightning_fl.tree import Layout, as_real, updated
 from lightning_fl.types import Aggregate, State, Update
 
 
@@ -135,7 +135,7 @@ class Compress(Transform):
                 chosen[str(dtype)] = decoded[places.to(decoded.device)]
         next_state: State = {}
         if self.error_feedback:
-            next_state = {"residual": layout.unflatten(complete(residual)).get("delta", {})}
+            next_state = {"residual": updated(kept, layout.unflatten(complete(residual)).get("delta", {}))}
         if self._is_linear:
             return replace(update, delta=chosen), next_state
         changed = layout.unflatten(complete(sent)).get("delta", {})

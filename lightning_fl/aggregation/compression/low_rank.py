@@ -12,9 +12,11 @@ from torch import Tensor
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.compression.compressed_mean import CompressedMean
 from lightning_fl.aggregation.compression.compressor import refuse_server_data
+from lightning_fl.aggregation.compression.powersgd import sides
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
+from lightning_fl.tree import updated
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -70,7 +72,7 @@ class LowRank(Transform):
     def like(self, update: Update) -> Update:
         # As many rows as the longer side has, since rounds alternate between the two sides.
         delta = {
-            name: tensor.new_zeros(max(_sides(tensor)), self.rank) if self._is_matrix(tensor) else tensor
+            name: tensor.new_zeros(max(sides(tensor)), self.rank) if self._is_matrix(tensor) else tensor
             for name, tensor in update.delta.items()
         }
         return replace(update, delta=delta)
@@ -78,17 +80,17 @@ class LowRank(Transform):
     def start_round(self, state: State, ctx: RoundContext) -> State:
         assert ctx.template is not None
         matrices = {name: tensor for name, tensor in ctx.template.delta.items() if self._is_matrix(tensor)}
-        side = "left" if "left" in state else "right"
-        known, bases = state.get(side, {}), {}
+        # By name, since tensors need not travel in each round: each takes turns with its two sides by itself.
+        bases: dict[str, Tree] = {side: dict(state.get(side, {})) for side in ("left", "right")}
         for name, tensor in matrices.items():
-            size = _sides(tensor)[side == "right"]
-            if name in known and known[name].shape == (size, self.rank):
-                bases[name] = known[name]
+            side = "left" if name in bases["left"] else "right"
+            size = sides(tensor)[side == "right"]
+            if name in bases[side] and bases[side][name].shape == (size, self.rank):
                 continue
             generator = client_generator(ctx.seed, ctx.round, "all", f"low rank {name}")
             drawn = torch.randn(size, self.rank, generator=generator, dtype=torch.float64)
-            bases[name] = torch.linalg.qr(drawn).Q.to(tensor)
-        return {side: bases, **({"bytes": state["bytes"]} if "bytes" in state else {})}
+            bases[side][name] = torch.linalg.qr(drawn).Q.to(tensor)
+        return {**state, **bases}
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         sent: Tree = {}
@@ -103,26 +105,26 @@ class LowRank(Transform):
             product = (matrix if is_right else matrix.t()) @ basis.to(matrix)
             residual[name] = own - _dense(product, basis, is_right).reshape(own.shape)
             sent[name] = torch.nn.functional.pad(product, (0, 0, 0, max(matrix.shape) - len(product)))
-        return replace(update, delta=sent), {"residual": residual} if self.error_feedback else {}
+        return replace(update, delta=sent), {"residual": updated(kept, residual)} if self.error_feedback else {}
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         assert ctx.template is not None
         found: Tree = {}
-        following: Tree = {}
-        other = "right" if "left" in state else "left"
+        bases: dict[str, Tree] = {side: dict(state.get(side, {})) for side in ("left", "right")}
         for name, template in ctx.template.delta.items():
             tensor = aggregate.delta[name]
             if not self._is_matrix(template):
                 found[name] = tensor
                 continue
             basis, is_right = _basis(state, name)
-            product = tensor[: _sides(template)[not is_right]]
+            product = tensor[: sides(template)[not is_right]]
             found[name] = _dense(product, basis, is_right).reshape(template.shape)
-            following[name] = torch.linalg.qr(product).Q
+            bases["right" if is_right else "left"].pop(name)
+            bases["left" if is_right else "right"][name] = torch.linalg.qr(product).Q
         numbers = sum(tensor.numel() for tensor in aggregate.delta.values())
         size = torch.tensor(4 * numbers, dtype=torch.int64)
         # A round without clients has no information about the updates' directions.
-        kept = {other: following} if aggregate.weight else {key: state[key] for key in state if key != "bytes"}
+        kept = bases if aggregate.weight else state
         return replace(aggregate, delta=found), {**kept, "bytes": size}
 
     def report(self, state: State, ctx: RoundContext) -> Mapping[str, float | str]:
@@ -130,17 +132,12 @@ class LowRank(Transform):
 
     def _is_matrix(self, tensor: Tensor) -> bool:
         """Whether a low-rank product is smaller than the tensor."""
-        return tensor.dim() > 1 and tensor.is_floating_point() and self.rank * max(_sides(tensor)) < tensor.numel()
-
-
-def _sides(tensor: Tensor) -> tuple[int, int]:
-    """Number of rows and columns of a tensor flattened to a matrix."""
-    return len(tensor), tensor.numel() // max(1, len(tensor))
+        return tensor.dim() > 1 and tensor.is_floating_point() and self.rank * max(sides(tensor)) < tensor.numel()
 
 
 def _basis(state: State, name: str) -> tuple[Tensor, bool]:
     """The round's basis, and whether it is multiplied from the right."""
-    is_right = "right" in state
+    is_right = name in state.get("right", {})
     return state["right" if is_right else "left"][name], is_right
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.transform import Transform
 from lightning_fl.seeding import client_generator
+from lightning_fl.tree import updated
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -61,11 +62,11 @@ class PowerSGD(Transform):
             p, start[name] = power_step(matrix, q)
             sent[name] = (p @ start[name].t()).reshape(own.shape)
             residual[name] = own - sent[name]
-        return replace(update, delta=sent), {"residual": residual, "start": start}
+        return replace(update, delta=sent), updated(state, {"residual": residual, "start": start})
 
     def server(self, aggregate: Aggregate, state: State, ctx: RoundContext) -> tuple[Aggregate, State]:
         numbers = sum(
-            self.rank * (len(tensor) + tensor[0].numel()) if self._is_matrix(tensor) else tensor.numel()
+            self.rank * sum(sides(tensor)) if self._is_matrix(tensor) else tensor.numel()
             for tensor in aggregate.delta.values()
         )
         return aggregate, {"bytes": torch.tensor(4 * numbers, dtype=torch.int64)}
@@ -75,7 +76,12 @@ class PowerSGD(Transform):
 
     def _is_matrix(self, tensor: Tensor) -> bool:
         """Whether a low-rank product is smaller than the tensor."""
-        return tensor.dim() > 1 and self.rank * (len(tensor) + tensor[0].numel()) < tensor.numel()
+        return tensor.dim() > 1 and self.rank * sum(sides(tensor)) < tensor.numel()
+
+
+def sides(tensor: Tensor) -> tuple[int, int]:
+    """Number of rows and columns of a tensor flattened to a matrix."""
+    return len(tensor), tensor.numel() // max(1, len(tensor))
 
 
 def power_step(matrix: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram
 from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
-from lightning_fl.tree import Flat
+from lightning_fl.tree import Flat, updated
 from lightning_fl.types import ClientId, State
 
 
@@ -57,7 +57,7 @@ class CenteredClipping(GramRule):
         return rows.of_trees([ctx.memory["centre"]]) if ctx.memory else {}
 
     def keep(self, rows: RoundRows, flat: Flat, clients: Sequence[ClientId], ctx: RoundContext) -> State:
-        return {"centre": rows.rows.layout.unflatten(complete(flat))} if self.memory else {}
+        return updated(ctx.memory, {"centre": rows.rows.layout.unflatten(complete(flat))}) if self.memory else {}
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
         products, n = gram.products, gram.num_updates

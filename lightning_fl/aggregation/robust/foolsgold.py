@@ -12,7 +12,7 @@ from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.robust.gram import Gram, cosines_of
 from lightning_fl.aggregation.robust.rows import RoundRows, Rows, complete
 from lightning_fl.aggregation.robust.rule import GramRule, PreAggregator
-from lightning_fl.tree import Flat, clone
+from lightning_fl.tree import Flat, clone, updated
 from lightning_fl.types import ClientId, State
 
 
@@ -65,7 +65,7 @@ class FoolsGold(GramRule):
         for place, client in enumerate(clients):
             trees = rows.rows.layout.unflatten({dtype: own[place] for dtype, own in totals.items()})
             # A copy, since a view would keep the rows of the whole cohort in memory.
-            sums[_key(client)] = clone(trees.get("delta", {}))
+            sums[_key(client)] = updated(sums.get(_key(client), {}), clone(trees.get("delta", {})))
         return {"sums": sums}
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:
