@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
+from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform, Weighted
 from lightning_fl.clients.cohorts import describe_sampling
 from lightning_fl.communication import Group, LocalGroup, Message, RankLost
 from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
@@ -119,7 +119,8 @@ class FederatedStrategy(internals.ReusableStrategy):
     Args:
         algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
         num_clients: Simulated clients among which a plain training loader is split.
-        clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
+        clients_per_round: Clients that take part in a round: a count (int), a share (float; a half is rounded to the
+            even count, so that 0.5 of 5 are 2), or None for all.
         local_epochs: Passes of each client over its data in a round. None: 1. An uneven amount is an
             :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
@@ -263,6 +264,11 @@ class FederatedStrategy(internals.ReusableStrategy):
             if not is_in_real_time:
                 transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
+        if self.weighting == "examples" and isinstance(self.cohort, Weighted) and self.cohort.weights == "examples":
+            rank_zero_warn(
+                "cohort=Weighted('examples') draws clients by their number of examples, and weighting='examples' "
+                "counts it once more: a client then counts by its square. Set weighting='uniform'."
+            )
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
@@ -517,12 +523,14 @@ class FederatedStrategy(internals.ReusableStrategy):
             if sent:
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            from lightning_fl.coordinator.silo import Introduction
+
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, trainer.callbacks)  # type: ignore[attr-defined]
-            own = settings_of_silo(self)
-            secure, is_asynchronous = secure_of(self), self.schedule is not None
-            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            own, secure, is_asynchronous = settings_of_silo(self), secure_of(self), self.schedule is not None
+            said = Introduction(own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            self.network.join(tensors, said)
             if self.driver is not None:  # `configure_optimizers` has needed the loaders; now it is known who takes part
                 self.driver.settings = self._settings_of(self.driver.population)
                 self.driver.renew(self.driver.population)

@@ -58,6 +58,15 @@ def test_a_column_names_the_clients_and_the_others_become_numbers() -> None:
     assert south[1].tolist() == [int(i > 30) for i in range(0, 60, 5)]
 
 
+def test_clients_with_leading_zeros_are_others() -> None:
+    Path("codes.csv").write_text("a,c,y\n1,007,0\n2,7,1\n3,07,0\n")
+    Path("numbers.csv").write_text("a,c,y\n1,10,0\n2,9,1\n3, 9,0\n")
+    for name, expected in (("codes.csv", ["007", "07", "7"]), ("numbers.csv", [9, 10])):
+        data = TabularDataModule(name, target="y", client="c", test_share=0.0)
+        data.setup()
+        assert data.client_ids == expected
+
+
 def test_means_come_from_the_training_rows_alone() -> None:
     lines = rows(200)
     data = table(lines, test_share=0.5)
