@@ -14,7 +14,7 @@ from lightning_fl.engines.buffers import contributions_like, moved
 from lightning_fl.engines.within_silo import WithinSilo
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.tree import norm, scale, zeros_like
+from lightning_fl.tree import SEPARATOR, flatten, is_finite, norm, scale, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -130,6 +130,9 @@ def server_step(
 
     Returns:
         The next state, the aggregate after the transforms, and the facts that the transforms report.
+
+    Raises:
+        ValueError: If the algorithm's next state holds NaN or Inf.
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
     states, contexts = list(state.transforms), contexts_of(settings, ctx)
@@ -143,6 +146,15 @@ def server_step(
         aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
     server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
+    bad = [name for name, tensor in flatten(server).items() if server is not state.server and not is_finite([tensor])]
+    # The processes of a silo may hold different parts of the state, and must go on or stop together.
+    if not WithinSilo(ctx.group).all_agree([not bad])[0]:
+        found = some([name.replace(SEPARATOR, "/") for name in bad]) or "what another process of the silo holds"
+        raise ValueError(
+            f"In round {ctx.round} the server's update of {type(settings.algorithm).__name__} has led to NaN or Inf in "
+            f"{found}. Model and state stay those of the round's start. Lower the algorithm's server_lr, if it has "
+            "one, or the clients' learning rate, or look at what transforms and aggregator make of the updates."
+        )
     facts: dict[str, Any] = {}
     start = time.perf_counter()
     for transform, own, context in zip(settings.transforms, states, contexts, strict=True):

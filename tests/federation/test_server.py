@@ -92,6 +92,18 @@ def test_an_aggregate_that_weighs_nothing_leaves_the_algorithm_as_it_is() -> Non
     assert facts == {"served 0.0": 4.0}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_state_that_is_not_finite_is_refused_and_the_one_before_stays(value: float) -> None:
+    own = settings(FedAdam(), Adds(value, 0.0))
+    before = opened(own)
+    copied = clone(before.server)
+    with pytest.raises(
+        ValueError, match=r"In round \d+ the server's update of FedAdam .* NaN or Inf in 'params/.*stay"
+    ):
+        server_step(own, before, aggregate(), CONTEXT)
+    torch.testing.assert_close(clone(before.server), copied, rtol=0, atol=0)
+
+
 def test_a_transform_can_give_an_empty_round_weight() -> None:
     own = settings(None, Adds(0.0, 6.0, weight=3.0))
     state, total, _ = server_step(own, opened(own), aggregate(weight=0.0), CONTEXT)
