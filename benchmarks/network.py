@@ -49,7 +49,7 @@ from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.coordinator.machine import Rules
 from lightning_fl.coordinator.service import Coordinator
-from lightning_fl.coordinator.silo import NetworkFederation
+from lightning_fl.coordinator.silo import Introduction, NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.federation import FederationSettings, RankReport, ServerRound
@@ -92,7 +92,7 @@ def take_part(folder: Path, args: argparse.Namespace) -> None:
     module.x = nn.Parameter(mapped(folder / "zeros", args.size))
     federation = NetworkFederation(f"https://{HOST}:{args.link_port or args.port}", folder / args.role)
     federation.store = ClientStore()
-    federation.join(FederatedTensors(module), {}, {}, {})
+    federation.join(FederatedTensors(module), Introduction())
     own, done = settings(args.silos), -1
     while (opening := federation.open_round(done)) is not None:
         params = opening.state.server["params"]

@@ -46,7 +46,7 @@ from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.coordinator.kinds import kind_of
 from lightning_fl.coordinator.machine import Rules
-from lightning_fl.coordinator.silo import NetworkFederation
+from lightning_fl.coordinator.silo import Introduction, NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors
 from lightning_fl.federation import FederationSettings, FederationState, RankReport, ServerRound
@@ -96,7 +96,7 @@ def take_part(folder: Path, args: argparse.Namespace, name: str) -> None:
     federation = NetworkFederation(f"https://127.0.0.1:{args.port}", folder / name)
     store = federation.store = ClientStore()
     own = settings(args)
-    federation.join(FederatedTensors(module), {}, {}, {}, is_asynchronous=bool(args.buffered))
+    federation.join(FederatedTensors(module), Introduction(is_asynchronous=bool(args.buffered)))
     federation.folder.restore(store)
     done = -1
     while (opening := federation.open_round(done)) is not None:

@@ -21,7 +21,7 @@ NAME = "lightning_fl"
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities")
 
 LAYERS = (
-    ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy", "files", "os_differences"),
+    ("types", "tree", "seeding", "optimizer_tree", "torch_internals", "lazy", "files", "os_differences", "yaml_files"),
     ("algorithms", "clients", "data", "communication", "topologies"),
     ("aggregation", "engines"),
     ("privacy", "compression", "schedules"),

@@ -97,7 +97,13 @@ class FedNova(Algorithm):
             )
         if not self.mu or not run.normalizer:
             return run.normalizer
-        lr = max(run.lr_sum.values()) / run.num_steps
+        lrs = {total / run.num_steps for total in run.lr_sum.values() if total}
+        lr = max(lrs)
+        if min(lrs) < (1 - 1e-9) * lr:
+            raise ValueError(
+                f"FedNova(mu={self.mu}) found tensors with learning rates from {min(lrs):g} to {lr:g}, which do "
+                "different amounts of work under the proximal term. Use one learning rate, or mu=0."
+            )
         # Only plain SGD with a constant learning rate has a normalizer of exactly the number of steps.
         if run.normalizer != run.num_steps:
             raise ValueError(

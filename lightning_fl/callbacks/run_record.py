@@ -29,6 +29,7 @@ from lightning_fl.callbacks.round_end import RoundEndCallback
 from lightning_fl.strategies import FederatedStrategy
 from lightning_fl.strategies.internals import own_hyperparameters
 from lightning_fl.tracking import loggers
+from lightning_fl.tracking.metrics import best_metric
 from lightning_fl.tracking.partition_reading import summarise
 from lightning_fl.tracking.run import (
     CLIENT_EVALUATIONS_FILE,
@@ -36,6 +37,7 @@ from lightning_fl.tracking.run import (
     ROUNDS_FILE,
     RUN_FILE,
     Row,
+    Run,
     append_rows,
     to_json,
     write_file,
@@ -164,6 +166,8 @@ class RunRecord(RoundEndCallback):
             if self._own is not None and keeps_model:
                 torch.save(model, self._own / MODEL_FILE)
         self._close(trainer, "finished")
+        if self._own is not None and (run := Run(self._own, self._facts, self._rows, [])).metric_names:
+            loggers.log_outcome(trainer, run.metric(best_metric([run]))[1][-1])
 
     def _record_clients(self, trainer: L.Trainer) -> None:
         """Adds evaluations after the last round to its row, and writes the results of each client."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dis
 import inspect
 import os
 import sys
@@ -34,8 +35,22 @@ TOLD_IN_ONE_LINE = {
 
 
 def is_told_in_one_line(error: Exception) -> bool:
-    """Whether an error needs no traceback."""
-    return any(kind.__name__ in TOLD_IN_ONE_LINE for kind in type(error).__mro__)
+    """Whether an error needs no traceback: by its kind, or because this package itself has refused something."""
+    if any(kind.__name__ in TOLD_IN_ONE_LINE for kind in type(error).__mro__):
+        return True
+    return isinstance(error, ValueError | OSError | ImportError) and _is_raised_here(error)
+
+
+def _is_raised_here(error: Exception) -> bool:
+    """Whether a ``raise`` of this package's has raised it, and not the user's code or a library's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return False
+    code = trace.tb_frame.f_code
+    is_own = trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
+    return is_own and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 def fail(message: object) -> SystemExit:

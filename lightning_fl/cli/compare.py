@@ -21,7 +21,9 @@ import csv
 import io
 import math
 import os
+import re
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,12 @@ MAX_NAME = 48
 MODE_HELP = "whether less or more of the metric is better (default: as ModelCheckpoint monitors it, or by its name)"
 FORMATS = ("table", "csv", "md", "latex")
 Columns = Mapping[str, Sequence[str]]
+_NUMBER = re.compile(r"\d{1,3}(,\d{3})+(\.\d+)?( |$)")
+_LATEX = {
+    **{mark: f"\\{mark}" for mark in "&%_#${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"},
+}
 
 
 @dataclass(frozen=True)
@@ -73,28 +81,56 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Prints the tables and writes the picture."""
     check_output(args.out)
-    runs = [Run.read(path) for path in args.runs]
+    runs = read_runs(args.runs)
     metric = args.metric or best_metric(runs)
     for one in runs:
         if metric not in one.metric_names:
             known = ", ".join(one.metric_names) or "none: no round has been finished"
             raise ValueError(f"{one.path} has no metric {metric!r}. Its metrics: {known}.")
     groups = make_groups(runs, args.group_by)
-    show(compare(groups, metric, args.target, args.baseline, args.mode), args.format)
-    differing = differences(groups)
-    if differing["setting"]:
+    columns, differing = compare(groups, metric, args.target, args.baseline, args.mode), differences(groups)
+    if args.format == "csv":  # one table, for programs
+        rows = zip(differing["setting"], zip(*(differing[group.name] for group in groups), strict=True), strict=True)
+        columns = {**columns, **{f"setting {key}": cells for key, cells in rows}}
+    show(columns, args.format)
+    if differing["setting"] and args.format != "csv":
         print("\nSettings in which they differ:\n" if args.format in ("table", "md") else "")
         show(differing, args.format)
+    # What is printed for a program or a paper is the tables alone.
+    out = sys.stdout if args.format == "table" else sys.stderr
     if args.out.suffix == ".html":
         write_index(runs, args.out)
-        print(f"page: {args.out}")
+        print(f"page: {args.out}", file=out)
         return
     if not plots.is_available():
-        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"')
+        print('There is no picture without matplotlib: pip install "lightning-fl[tracking]"', file=out)
         return
     args.out.write_bytes(curves_of(groups, metric))
-    if args.format == "table":
-        print(f"picture: {args.out}")
+    print(f"picture: {args.out}", file=out)
+
+
+def read_runs(paths: Sequence[str]) -> list[Run]:
+    """The runs of some folders. What a pattern such as ``logs/*`` finds beside them is left out, and said.
+
+    Raises:
+        ValueError: If a folder does not exist, or none of them holds a run that has finished a round.
+    """
+    runs, left_out = [], []
+    for path in paths:
+        try:
+            run = Run.read(path)
+            if not run.rounds:
+                raise ValueError(f"{path} has finished no round; its status: {run.facts.get('status', '?')}.")
+            runs.append(run)
+        except ValueError as error:
+            if not Path(path).exists():
+                raise
+            left_out.append(str(error))
+    if not runs:
+        raise ValueError(left_out[0])
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)
+    return runs
 
 
 def make_groups(runs: Sequence[Run], setting: str | None) -> list[Group]:
@@ -141,6 +177,9 @@ def compare(
     columns["algorithm"] = [", ".join(dict.fromkeys(map(_algorithm, runs))) for runs in everything]
     if any(len(runs) > 1 for runs in everything):
         columns["runs"] = [str(len(runs)) for runs in everything]
+    ended = [", ".join(dict.fromkeys(_status(one) for one in runs)) for runs in everything]
+    if any(status != "finished" for status in ended):
+        columns["status"] = ended
     columns["rounds"] = [_spread([len(one.rounds) for one in runs], ",.4g") for runs in everything]
     last = [[one.metric(metric)[1][-1] for one in runs] for runs in everything]
     columns[f"last {metric}"] = [_spread(values, ".4g") for values in last]
@@ -176,7 +215,9 @@ def differences(groups: Sequence[Group]) -> Columns:
     def values(group: Group, key: str) -> list[str]:
         return list(dict.fromkeys(one.settings[key] for one in group.runs if key in one.settings))
 
-    differing = [key for key in keys if len({value for group in groups for value in values(group, key)}) > 1]
+    differing = [
+        key for key in keys if len({tuple(sorted(own)) for group in groups if (own := values(group, key))}) > 1
+    ]
     cells = {group.name: [", ".join(values(group, key)) or "-" for key in differing] for group in groups}
     return {"setting": differing, **cells}
 
@@ -188,7 +229,7 @@ def show(columns: Columns, kind: str) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in columns:
-        is_word = name in ("run", "algorithm", "setting") or "setting" in columns
+        is_word = name in ("run", "algorithm", "status", "setting") or "setting" in columns
         # Words may wrap in a narrow terminal; a number must not be cut off.
         table.add_column(escape(name), justify="left" if is_word else "right", no_wrap=not is_word, overflow="fold")
     for row in zip(*columns.values(), strict=True):
@@ -201,7 +242,11 @@ def as_text(columns: Columns, kind: str) -> str:
     rows = list(zip(*columns.values(), strict=True))
     if kind == "csv":
         text = io.StringIO(newline="")
-        csv.writer(text).writerows([list(columns), *rows])
+        # Programs read 2400 and not 2,400.
+        plain = [
+            [re.sub(r"(?<=\d),(?=\d{3}\b)", "", cell) if _NUMBER.match(cell) else cell for cell in row] for row in rows
+        ]
+        csv.writer(text).writerows([list(columns), *plain])
         return text.getvalue()
     if kind == "md":
         return markdown_table(list(columns), rows) + "\n"
@@ -246,13 +291,15 @@ def _spread(values: Sequence[float | None], form: str, absent: str = "-") -> str
 
 
 def _latex(text: str) -> str:
-    for mark in "&%_#$":
-        text = text.replace(mark, f"\\{mark}")
-    return text.replace("±", r"$\pm$")
+    return "".join(_LATEX.get(mark, mark) for mark in text)
 
 
 def _algorithm(run: Run) -> str:
     return run.settings.get("algorithm", "centralised").partition("(")[0]
+
+
+def _status(run: Run) -> str:
+    return str(run.facts.get("status", "?")).partition(":")[0]
 
 
 def _finite(run: Run, metric: str) -> list[tuple[float, int]]:

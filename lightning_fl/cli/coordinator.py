@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
+from lightning_fl.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from lightning_fl import FederatedStrategy
@@ -106,7 +106,7 @@ def read_strategy(path: Path, allow: Sequence[str] = ()) -> FederatedStrategy:
     Raises:
         ValueError: If it has no strategy, or names a class of another package.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     trainer = content.get("trainer") if isinstance(content, Mapping) else None
     strategy = trainer.get("strategy") if isinstance(trainer, Mapping) else None
     if not isinstance(strategy, str | Mapping):

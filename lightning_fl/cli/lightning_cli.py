@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_fl
 import lightning_fl.models  # YAML files may name its classes without their module, like those of the imports below
@@ -133,18 +134,20 @@ class FederatedCLI(LightningCLI):
         """Finds ``--ckpt_path last`` among all runs below the logger's folder, not just in this run's new one."""
         given = self.config_init[self.subcommand]
         if given.ckpt_path != "last":
+            _check_checkpoint(given.ckpt_path)
             return
         logger = self.trainer.logger
         folder = Path(self.trainer.default_root_dir)
         if logger is not None and logger.save_dir is not None:
             folder = Path(logger.save_dir, str(logger.name or ""))
-        found = sorted(folder.rglob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found and os.environ.get("RANK", "0") != "0":
+        kept = sorted(folder.rglob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
+        found = [path for path in kept if path.name.startswith("last")] or kept
+        if not found and rank_zero_only.rank != 0:
             given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, to which rank 0 sends its file
             return
         if not found:
             raise ConfigurationError(
-                f"--ckpt_path last found no last.ckpt below {folder}. Name a checkpoint, or leave the option out to "
+                f"--ckpt_path last found no checkpoint below {folder}. Name a checkpoint, or leave the option out to "
                 "start from the first round."
             )
         given.ckpt_path = str(found[-1])
@@ -183,6 +186,21 @@ class FederatedCLI(LightningCLI):
             if "Does not validate against any of the Union subtypes" not in str(error):
                 raise
             raise ConfigurationError(in_one_line(str(error))) from error
+
+
+def _check_checkpoint(path: str | None) -> None:
+    """Refuses a checkpoint that does not exist, before anything else is done.
+
+    A silo's may be missing, rank 0 sends it its own. Places such as ``s3://`` are left to Lightning, as are its words.
+    """
+    is_a_file = path is not None and "://" not in path and path.endswith(".ckpt")
+    if path is None or not is_a_file or Path(path).exists() or rank_zero_only.rank != 0:
+        return
+    near = sorted(Path(path).parent.glob("*.ckpt"))
+    there = f" {Path(path).parent} has {', '.join(found.name for found in near)}." if near else ""
+    raise ConfigurationError(
+        f"--ckpt_path {path} does not exist.{there} --ckpt_path last finds the last one below the logger's folder."
+    )
 
 
 def federated_strategy_names() -> list[str]:

@@ -14,7 +14,7 @@ _EVERY_RUN = {
     "--trainer.accelerator NAME": "cpu, gpu, or auto.",
     "--trainer.logger false": "Keep no record.",
     "--seed_everything N": "The seed; false for none.",
-    "--ckpt_path FILE": "A checkpoint. last: the newest last.ckpt in the logger's folder.",
+    "--ckpt_path FILE": "A checkpoint. last: the newest last.ckpt in the logger's folder, or else checkpoint.",
     "--print_config": "Print the whole configuration, with all defaults, and stop.",
     "--model.help CLASS": "A module's hyper-parameters; likewise --data.help and --trainer.strategy.help.",
 }

@@ -8,9 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_fl.algorithms import registered
+from lightning_fl.yaml_files import read_yaml
 
 STRATEGY = "--trainer.strategy"
 _SETTING = re.compile(rf"{STRATEGY}\.(?:init_args\.)?(?P<name>\w+)(?P<of_it>\.[\w.]+)?$")
@@ -70,7 +69,7 @@ def _from_files(words: Sequence[str]) -> tuple[Any, Any]:
     algorithm: Any = None
     for option, value in pairwise(words):
         if option in ("--config", "-c") and Path(value).is_file():
-            given = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            given = read_yaml(Path(value))
             trainer = given.get("trainer") if isinstance(given, dict) else None
             strategy = (trainer or {}).get("strategy", strategy)
     if isinstance(strategy, dict):

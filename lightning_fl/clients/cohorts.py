@@ -20,7 +20,8 @@ def cohort_size(clients_per_round: ClientsPerRound, population: int) -> int:
     """Number of clients in a round.
 
     Args:
-        clients_per_round: A count (int), a share in (0, 1] (float), or None for all.
+        clients_per_round: A count (int), a share in (0, 1] (float), or None for all. A share is rounded to the nearest
+            count, a half to the even one as Python's ``round`` does, and to at least 1: 0.5 of 5 clients are 2.
         population: Number of clients in the federation.
 
     Raises:

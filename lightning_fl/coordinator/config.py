@@ -7,10 +7,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_fl.coordinator.identity import check_name
 from lightning_fl.coordinator.machine import Rules
+from lightning_fl.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,9 @@ def read_entries(
         hints: What the error adds where one of them is missing.
 
     Raises:
-        ValueError: If it holds no mapping, an unknown entry, or not all that are needed.
+        ValueError: If it is not YAML, holds no mapping, an unknown entry, or not all that are needed.
     """
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds no mapping; expected entries such as `rounds: 20`.")
     unknown = [name for name in content if name not in known]

@@ -296,7 +296,7 @@ class HttpServer:
         if offset != upload.size:
             raise Refused(409, f"The file has {upload.size} bytes here.", offset=upload.size)
         with upload.part.open("ab") as file:
-            while piece := await asyncio.wait_for(request.content.read(PIECE), IDLE_S):
+            while piece := await in_time(request.content.read(PIECE)):
                 if self._writers.get(upload.part) is not mine or upload.part in self._taken_in:
                     raise Refused(409, "Another connection has taken over.", offset=upload.size)
                 if file.tell() + len(piece) > length:
@@ -352,7 +352,7 @@ class HttpServer:
 
     async def _tell(self, request: web.Request) -> web.StreamResponse:
         place = request[SILO], request.match_info["meeting"], integer(request.match_info["step"])
-        data = await asyncio.wait_for(request.read(), IDLE_S)
+        data = await in_time(request.read())
         self.meetings.put(*place, request.query.get("kind", ""), data, time.monotonic())
         return web.json_response({})
 
@@ -406,5 +406,20 @@ def _bytes(content: bytes | None) -> web.Response:
     return web.Response(status=204) if content is None else web.Response(body=content, content_type=kind)
 
 
+async def in_time(body: Awaitable[T]) -> T:
+    """What is read from a connection.
+
+    Raises:
+        TimeoutError: If nothing has come for long.
+        ConnectionError: If the connection has broken, whatever the network's error: others are the disk's.
+    """
+    try:
+        return await asyncio.wait_for(body, IDLE_S)
+    except (TimeoutError, asyncio.TimeoutError, ConnectionError, ssl.SSLError):
+        raise
+    except OSError as error:
+        raise ConnectionAbortedError(*error.args) from error
+
+
 async def _json(request: web.Request) -> dict[str, Any]:
-    return json_object(await asyncio.wait_for(request.read(), IDLE_S))
+    return json_object(await in_time(request.read()))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
+from lightning_fl.yaml_files import read_yaml
 
 PROTECTIONS = ("differential privacy", "secure aggregation")
 
@@ -145,7 +145,7 @@ def read_policy(path: Path) -> Policy:
     """
     if not path.exists():
         return Policy()
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = read_yaml(path)
     known = {field.name for field in fields(Policy)}
     if not isinstance(content, Mapping) or not content.keys() <= known:
         raise ValueError(f"{path} holds something else than the entries {', '.join(sorted(known))}.")

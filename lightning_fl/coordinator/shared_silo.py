@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_fl.aggregation import Aggregator, RoundContext
 from lightning_fl.clients import ClientStore
 from lightning_fl.communication import Group, Message
 from lightning_fl.communication.objects import decode_object, encode_object
-from lightning_fl.coordinator.silo import NetworkFederation, WholeTensors
+from lightning_fl.coordinator.silo import Introduction, NetworkFederation, WholeTensors
 from lightning_fl.engines.kept_optimizers import params_of_kept
 from lightning_fl.engines.spread import gather_state, local, part_of, scatter_state, whole
 from lightning_fl.engines.tensors import FederatedTensors, load
@@ -64,26 +64,13 @@ class SharedSilo(Federation):
 
     # ---- joining
 
-    def join(
-        self,
-        tensors: FederatedTensors,
-        settings: Mapping[str, str],
-        common: Mapping[str, str],
-        versions: Mapping[str, str],
-        protections: Collection[str] = (),
-        aggregator: Any = None,
-        weighting: str = "examples",
-        is_asynchronous: bool = False,
-    ) -> None:
+    def join(self, tensors: FederatedTensors, introduction: Introduction) -> None:
         """As :meth:`~lightning_fl.coordinator.silo.NetworkFederation.join`, for all processes of the silo."""
         roles: tuple[Mapping[str, Tensor], ...] = (tensors.params, tensors.buffers, tensors.frozen, tensors.personal)
         held = self._held
         full = [{name: self._whole(name, own, held) for name, own in tree.items()} for tree in roles]
         if self.talker is not None:
-            whole_tensors = WholeTensors(*full)
-            self.talker.join(
-                whole_tensors, settings, common, versions, protections, aggregator, weighting, is_asynchronous
-            )
+            self.talker.join(WholeTensors(*full), introduction)
         for own, start in zip(roles, full, strict=True):
             received = {name: self.group.inner.broadcast(tensor) for name, tensor in start.items()}
             load(own, {name: part_of(tensor, held.get(name, tensor)) for name, tensor in received.items()})

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -134,6 +134,29 @@ class WholeTensors:
     personal: Tree
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """What a silo says when it joins.
+
+    Args:
+        settings: The settings that must be those of the coordinator.
+        common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
+        versions: The versions of the libraries.
+        protections: What protects this silo: ``"differential privacy"``, ``"secure aggregation"``.
+        aggregator: The settings of secure sums. None: the coordinator sees each update.
+        weighting: How the federation weighs its silos.
+        is_asynchronous: Whether rounds close without this silo.
+    """
+
+    settings: Mapping[str, str] = field(default_factory=dict)
+    common: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    protections: Collection[str] = ()
+    aggregator: SecureAggregation | None = None
+    weighting: str = "examples"
+    is_asynchronous: bool = False
+
+
 class NetworkFederation(Federation):
     """A silo of a federation over a network; one process of it, which alone talks to the coordinator.
 
@@ -182,28 +205,12 @@ class NetworkFederation(Federation):
 
     # ---- joining
 
-    def join(
-        self,
-        tensors: FederatedTensors | WholeTensors,
-        settings: Mapping[str, str],
-        common: Mapping[str, str],
-        versions: Mapping[str, str],
-        protections: Collection[str] = (),
-        aggregator: SecureAggregation | None = None,
-        weighting: str = "examples",
-        is_asynchronous: bool = False,
-    ) -> None:
+    def join(self, tensors: FederatedTensors | WholeTensors, introduction: Introduction) -> None:
         """Introduces this silo, and loads the model from which all begin.
 
         Args:
             tensors: The module's tensors.
-            settings: The settings that must be those of the coordinator.
-            common: What must be the same at all silos, and the coordinator does not know: that of the first one counts.
-            versions: The versions of the libraries.
-            protections: What protects this silo: ``"differential privacy"``, ``"secure aggregation"``.
-            aggregator: The settings of secure sums. None: the coordinator sees each update.
-            weighting: How the federation weighs its silos.
-            is_asynchronous: Whether rounds close without this silo.
+            introduction: What it says.
 
         Raises:
             ValueError: If this silo has no keys for secure sums.
@@ -211,34 +218,12 @@ class NetworkFederation(Federation):
             CallRefused: If the coordinator does not take this silo, with the reason.
             NotAdmitted: If one side does not accept the other's certificate.
         """
-        own = {
-            "params": to_sum_dtype(tensors.params),
-            "buffers": _cpu(tensors.buffers),
-            "rest": _cpu({**tensors.frozen, **tensors.personal}),
-        }
-        request = {
-            "protocol": PROTOCOL,
-            "settings": dict(settings),
-            "common": dict(common),
-            "versions": dict(versions),
-            "manifest": wire.shapes_of(flatten(own)),
-        }
-        self.is_asynchronous = is_asynchronous
-        self._refuse_unless(lambda: self.policy.check_algorithm(settings.get("algorithm", ""), protections))
+        own, aggregator, weighting = introduction, introduction.aggregator, introduction.weighting
+        self.is_asynchronous = own.is_asynchronous
+        self._refuse_unless(lambda: self.policy.check_algorithm(own.settings.get("algorithm", ""), own.protections))
         if aggregator is not None:  # before the coordinator is told: without keys there is nothing to join
             SecureSums(aggregator, weighting, self._keys, start="")
-        answer = self.client.ask("POST", "/v1/join", request)
-        self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
-        while answer["start"] is None:
-            start = self.folder.root / "start.safetensors"
-            wire.write(start, flatten(own), {"common": dict(common)})
-            try:
-                self.client.upload("/v1/start", start)
-            except CallRefused as refused:
-                if refused.status != 410:  # another silo was faster
-                    raise
-            start.unlink()
-            answer = self.client.ask("POST", "/v1/join", request)
+        answer = self._introduce(tensors, own)
         self._refuse_unless(lambda: self.policy.check_start(answer["start"]))
         self.folder.audit.append("joined", address=self.client.address, silos=answer["silos"], start=answer["start"])
         if abs(answer["time"] - time.time()) > CLOCK_S:
@@ -249,16 +234,42 @@ class NetworkFederation(Federation):
             )
         path = self.folder.root / "start.safetensors"
         self.client.download(f"/v1/states/{answer['start']}", path, answer["start"])
-        start_tensors = unflatten(wire.read(path))
-        for kind, found in (("params", tensors.params), ("buffers", tensors.buffers)):
-            load(found, start_tensors.get(kind, {}))
-        load({**tensors.frozen, **tensors.personal}, start_tensors.get("rest", {}))
+        start = unflatten(wire.read(path))
+        load(tensors.params, start.get("params", {}))
+        load(tensors.buffers, start.get("buffers", {}))
+        load({**tensors.frozen, **tensors.personal}, start.get("rest", {}))
         if aggregator is not None:
             self.secure = SecureSums(aggregator, weighting, self._keys, answer["start"])
         self.silos = answer["silos"]
         self.place, self.size = self.silos.index(self.name), len(self.silos)
         self._settle_staged(answer)
         self._has_joined = True
+
+    def _introduce(self, tensors: FederatedTensors | WholeTensors, introduction: Introduction) -> dict[str, Any]:
+        """The coordinator's answer, once it has a model from which all begin: this silo's, if no other has sent one."""
+        common = dict(introduction.common)
+        rest = _cpu({**tensors.frozen, **tensors.personal})
+        start = flatten({"params": to_sum_dtype(tensors.params), "buffers": _cpu(tensors.buffers), "rest": rest})
+        request = {
+            "protocol": PROTOCOL,
+            "settings": dict(introduction.settings),
+            "common": common,
+            "versions": dict(introduction.versions),
+            "manifest": wire.shapes_of(start),
+        }
+        answer: dict[str, Any] = self.client.ask("POST", "/v1/join", request)
+        self._refuse_unless(lambda: self.policy.check_silos(answer["silos"]))
+        while answer["start"] is None:
+            file = self.folder.root / "start.safetensors"
+            wire.write(file, start, {"common": common})
+            try:
+                self.client.upload("/v1/start", file)
+            except CallRefused as refused:
+                if refused.status != 410:  # another silo was faster
+                    raise
+            file.unlink()
+            answer = self.client.ask("POST", "/v1/join", request)
+        return answer
 
     def _refuse_unless(self, check: Callable[[], None]) -> None:
         try:

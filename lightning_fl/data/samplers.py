@@ -56,9 +56,13 @@ def num_drawn(sampler: Any, num_samples: int, part: Any) -> int:
     """
     if type(sampler) is SubsetRandomSampler:
         return int(np.isin(np.asarray(part), np.asarray(sampler.indices)).sum())
-    if type(sampler) in (RandomSampler, WeightedRandomSampler) and len(part):
-        return max(1, round(len(sampler) * len(part) / num_samples))
-    return len(part)
+    if type(sampler) not in (RandomSampler, WeightedRandomSampler) or not len(part):
+        return len(part)
+    drawn = max(1, round(len(sampler) * len(part) / num_samples))
+    if type(sampler) is RandomSampler:
+        return drawn
+    positive = int((sampler.weights[torch.as_tensor(part)] > 0).sum())
+    return min(drawn, positive) if not positive or not sampler.replacement else drawn
 
 
 def sampler_of_part(sampler: Any, dataset: Any, part: Sequence[int]) -> Sampler[int]:
@@ -71,8 +75,8 @@ def sampler_of_part(sampler: Any, dataset: Any, part: Sequence[int]) -> Sampler[
     """
     kind, size = type(sampler), num_drawn(sampler, len(dataset), part)
     positions = range(len(part))
-    if not len(part) or kind is SequentialSampler:
-        return SequentialSampler(positions)
+    if not size or kind is SequentialSampler:
+        return SequentialSampler(positions[:size])
     if kind is RandomSampler:
         return RandomSampler(positions, sampler.replacement, size, sampler.generator)
     if kind is WeightedRandomSampler:

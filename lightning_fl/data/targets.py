@@ -219,6 +219,10 @@ def _as_array(values: Any) -> np.ndarray:
         # NumPy has no bfloat16
         return (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
     try:
-        return np.asarray(values)
+        found = np.asarray(values)
+        is_text = found.dtype.kind in "US" and not isinstance(values, np.ndarray | str | bytes)
+        # NumPy would make text of numbers that stand beside text; the caller reports dtype object.
+        has_others = is_text and found.ndim == 1 and not all(isinstance(own, str | bytes) for own in values)
+        return np.asarray(values, dtype=object) if has_others else found
     except ValueError:  # samples of different shapes; the caller reports dtype object
         return np.asarray(values, dtype=object)

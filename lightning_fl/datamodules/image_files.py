@@ -101,6 +101,12 @@ class ImageFilesDataModule(CentralDataModule):
         train, test = self.read_files(folder)
         for part, (images, labels) in (("training", train), ("test", test)):
             check_labels(f"the {part} data of {self.title} in {folder}", images, labels, self.num_classes)
+        shape, test_shape = (list(images.shape[1:]) for images, _ in (train, test))
+        if shape != test_shape:
+            raise ValueError(
+                f"The training images of {self.title} in {folder} have the shape {shape} and the test images "
+                f"{test_shape}; expected the same. Download the files again."
+            )
         mean, std = pixel_statistics(train[0], self.scaling)
         return ImageDataset(*train, mean, std, self.transform), ImageDataset(*test, mean, std)
 

@@ -17,6 +17,8 @@ from lightning_fl.privacy.scaling import PrivateScaling, ScalingRelease
 
 MAX_CATEGORIES = 100
 MAX_CLASSES = 20
+FAR = 5.0
+"""Standard deviations, or half ranges, from the schema's middle, at which most values of a column look wrong."""
 Task = Literal["auto", "classification", "regression"]
 Origin = Literal["public", "data", "private"]
 
@@ -138,6 +140,7 @@ class TableSchema:
         columns = []
         for column, (mean, std) in self.numeric.items():
             columns.append((_numbers(table[column], column) - mean) / std)
+            _warn_of_other_units(column, columns[-1], mean, std, name)
         num_faulty = {c: int((~np.isfinite(v)).sum()) for c, v in zip(self.numeric, columns, strict=True)}
         num_faulty |= {c: int(table[c].isna().sum()) for c in self.categories}
         infinite = [c for c, v in zip(self.numeric, columns, strict=True) if np.isinf(v).any()]
@@ -225,6 +228,18 @@ def _numbers(column: Any, name: str) -> np.ndarray:
         raise ValueError(f"Column {name!r} has type {column.dtype}, but the schema says it is numeric.")
     values: np.ndarray = column.to_numpy(dtype=np.float64, na_value=np.nan)
     return values
+
+
+def _warn_of_other_units(column: str, scaled: np.ndarray, mean: float, std: float, name: str) -> None:
+    """Warns if most values are far from those for which the schema was made."""
+    distances = np.abs(scaled[np.isfinite(scaled)])
+    if len(distances) and np.median(distances) > FAR:
+        middle = float(np.median(scaled[np.isfinite(scaled)])) * std + mean
+        warnings.warn(
+            f"Column {column!r} of {name} has values around {middle:.4g}, where the schema expects {mean:.4g} give or "
+            f"take {std:.4g}. Is it in other units?",
+            stacklevel=2,
+        )
 
 
 def _warn_of_unlisted(column: str, unlisted: np.ndarray, values: Sequence[Any], name: str) -> None:

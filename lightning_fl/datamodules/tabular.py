@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +16,7 @@ from lightning_fl.data.holdout import Part
 from lightning_fl.datamodules.natural import ClientData, NaturalDataModule
 from lightning_fl.datamodules.table_schema import TableSchema, Task, check_columns, fit_schema
 from lightning_fl.privacy.scaling import PrivateScaling, ScalingRelease
+from lightning_fl.strategies.validation import OWN_TO_EACH_SILO
 from lightning_fl.types import ClientId
 
 _EVERYONE = "everyone"  # the only client of a table without a client column
@@ -92,13 +95,14 @@ class TabularDataModule(NaturalDataModule):
             )
         if target == client:
             raise ValueError(f"target and client are both {target!r}; a column is one or the other.")
+        self.gives_clients = client is not None
         self.path, self.target, self.client = path, target, client
         self.features, self.drop, self.task, self.missing = features, drop, task, missing
         self.schema_path, self.scaling = schema, scaling
 
     def read(self) -> ClientData:
         """Reads the table and encodes it as tensors in which each client's rows are contiguous."""
-        table = read_tables(self.path)
+        table = read_tables(self.path, () if self.client is None else (self.client,))
         name = str(self.path)
         used = [self.target, *([self.client] if self.client else []), *(self.features or ()), *self.drop]
         check_columns(table, used, name)
@@ -111,11 +115,7 @@ class TabularDataModule(NaturalDataModule):
                 raise ValueError(
                     f"{num_missing} rows of {name} have no client in column {self.client!r}. Fill it in or delete them."
                 )
-            keys, owner, sizes = np.unique(
-                table[self.client].to_numpy(dtype=object).astype(_key_type(table[self.client])),
-                return_inverse=True,
-                return_counts=True,
-            )
+            keys, owner, sizes = np.unique(_keys(table[self.client]), return_inverse=True, return_counts=True)
             ids = keys.tolist()
             # Contiguous rows, so that a client's tensors are slices of the table's tensors, not copies.
             table = table.iloc[np.argsort(owner, kind="stable")].reset_index(drop=True)
@@ -145,7 +145,7 @@ class TabularDataModule(NaturalDataModule):
             return {}
         schema = self.schema
         classes = "a number" if schema.classes is None else ", ".join(map(repr, schema.classes))
-        shared = "each silo's own" if schema.origin == "data" else repr(dict(schema.numeric))
+        shared = OWN_TO_EACH_SILO if schema.origin == "data" else repr(dict(schema.numeric))
         return {
             "target": schema.target,
             "features": ", ".join(schema.feature_names),
@@ -207,11 +207,12 @@ class TabularDataModule(NaturalDataModule):
         return fit_schema(table, self._rows["train"], self.target, columns, self.task, name)
 
 
-def read_tables(path: str | Path | Sequence[str]) -> Any:
+def read_tables(path: str | Path | Sequence[str], text: Sequence[str] = ()) -> Any:
     """Reads a table in one or several files as one pandas ``DataFrame``.
 
     Args:
         path: A ``.csv``, ``.csv.gz`` or ``.parquet`` file, a list of such files, or a folder of them.
+        text: Columns of CSV files that are read as text, such as names in which leading zeros count.
 
     Raises:
         FileNotFoundError: If a file does not exist, or the folder has no table.
@@ -235,8 +236,11 @@ def read_tables(path: str | Path | Sequence[str]) -> Any:
         if not _kind(file):
             raise ValueError(f"{file} is not a .csv, .csv.gz or .parquet file.")
         try:
-            tables.append((pandas.read_parquet if _kind(file) == "parquet" else pandas.read_csv)(file))
-        except (ValueError, OSError, EOFError) as error:
+            is_parquet = _kind(file) == "parquet"
+            tables.append(
+                pandas.read_parquet(file) if is_parquet else pandas.read_csv(file, dtype=dict.fromkeys(text, str))
+            )
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{file} can't be read: {str(error).strip()}. It may be corrupt or truncated.") from error
         if tables[-1].columns.tolist() != tables[0].columns.tolist():
             raise ValueError(
@@ -251,5 +255,10 @@ def _kind(file: Path) -> str | None:
     return "parquet" if file.suffix == ".parquet" else "csv" if file.name.endswith((".csv", ".csv.gz")) else None
 
 
-def _key_type(column: Any) -> type:
-    return int if column.dtype.kind in "iub" else str
+def _keys(column: Any) -> np.ndarray:
+    """The clients' ids: integers if all of the column are, written without leading zeros, else text."""
+    if column.dtype.kind in "iub":
+        return column.to_numpy().astype(int)
+    names = column.to_numpy(dtype=object).astype(str)
+    are_integers = all(re.fullmatch(r"\s*(0|-?[1-9]\d{0,17})\s*", name, re.ASCII) for name in np.unique(names))
+    return names.astype(int) if are_integers else names

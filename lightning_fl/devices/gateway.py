@@ -31,6 +31,7 @@ from lightning_fl.devices.admission import DAY_S, Admission, AdmissionRules, Ref
 from lightning_fl.devices.registry import Registry
 from lightning_fl.devices.training_step import START
 from lightning_fl.federation import (
+    Closing,
     FederationSettings,
     RankReport,
     ServerRound,
@@ -115,6 +116,14 @@ class Arrived:
 
     version: int
     digest: str
+
+
+class _Unusable(Exception):
+    """Updates that can't be in a round, each with the reason."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
 
 class Gateway:
@@ -373,17 +382,19 @@ class Gateway:
             self.store.disk.delete(Upload(self._folder, device, self.arrived[device].digest).ok)
         self.arrived = {device: own for device, own in self.arrived.items() if device not in reasons}
 
-    def _close(self) -> None:
-        """Closes the round, or drops what can't be in it."""
-        revoked = [device for device in self.arrived if device not in self.registry]
-        if revoked:
-            self._drop(dict.fromkeys(revoked, "revoked"))
-            return
+    def _aggregate(self) -> tuple[Closing, RankReport, list[tuple[int, float]]]:
+        """What the round has become, and the number of examples and the loss of each update.
+
+        Raises:
+            _Unusable: If updates can't be in it.
+        """
+        unusable = {device: "revoked" for device in self.arrived if device not in self.registry}
+        if unusable:
+            raise _Unusable(unusable)
         ctx, folder, aggregator = self._context(), self._folder, self.settings.aggregator
         params = self.model.state.server["params"]
         state, present = open_server(self.settings, self.model.state, params, ctx), Update(params)
         acc, reports, losses = aggregator.init(self._templates[-1], torch.device("cpu")), [], []
-        unusable: dict[str, str] = {}
         for device in map(str, ctx.cohort):
             own = self.arrived[device]
             path = Upload(folder, device, own.digest).ok
@@ -401,14 +412,21 @@ class Gateway:
             acc = aggregator.add(acc, update, replace(ctx, client=device))
             reports.append(report)
         if unusable:
-            self._drop(unusable)
-            return
+            raise _Unusable(unusable)
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
         closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
         bad = wire.finite_error(flatten({"server": closing.state.server, "memory": closing.state.memory}))
         if bad is not None:
-            self._drop(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
+            raise _Unusable(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))
+        return closing, joined, losses
+
+    def _close(self) -> None:
+        """Closes the round, or drops what can't be in it."""
+        try:
+            closing, joined, losses = self._aggregate()
+        except _Unusable as error:
+            self._drop(error.reasons)
             return
         ages = [self.round - own.version for own in self.arrived.values()]
         entry = {

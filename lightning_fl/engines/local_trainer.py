@@ -534,14 +534,29 @@ def transform_gradients(
         )
     found = {name: param.grad for name, param in trained.items() if param.grad is not None}
     grads = {name: grad.to_dense() if grad.is_sparse else local(grad) for name, grad in found.items()}
-    for name, grad in transform(grads, {name: local(param).detach() for name, param in trained.items()}).items():
-        param = params[name]
-        # A correction in float32 promotes gradients in half precision, and torch refuses a gradient of another dtype.
-        if is_spread(param):
-            param.grad = torch.zeros_like(param) if param.grad is None else param.grad
-            local(param.grad).copy_(grad)
-        else:
-            param.grad = grad.to(param.dtype)
+    transformed = transform(grads, {name: local(param).detach() for name, param in trained.items()})
+    try:
+        for name, grad in transformed.items():
+            param = params[name]
+            # A correction in float32 promotes gradients in half precision, and torch refuses one of another dtype.
+            if is_spread(param):
+                param.grad = torch.zeros_like(param) if param.grad is None else param.grad
+                local(param.grad).copy_(grad)
+            else:
+                param.grad = grad.to(param.dtype)
+    except (AttributeError, KeyError, RuntimeError) as error:
+        shapes = {name: tuple(param.shape) for name, param in trained.items()}
+        raise ValueError(
+            f"The algorithm's grad_transform returned {_in_words(transformed)}; expected a dict of gradients like the "
+            f"parameters, {shapes}. It failed with {type(error).__name__}: {error}"
+        ) from error
+
+
+def _in_words(gradients: object) -> str:
+    """The kind of an object; of a dict of tensors, their shapes."""
+    if not isinstance(gradients, Mapping):
+        return type(gradients).__name__
+    return str({name: tuple(getattr(grad, "shape", ())) for name, grad in gradients.items()})
 
 
 def trained_value(param: Tensor, start: Tensor) -> Tensor:

@@ -300,36 +300,54 @@ class OptimizerStates:
     def state_dicts_of_start(self) -> list[dict[str, Any]]:
         """The optimizers' ``state_dict``s as they were at the round's start, also while clients train."""
         found = []
-        for index, (optimizer, options, fresh) in enumerate(
-            zip(self.optimizers, self.start.options, self._fresh, strict=True)
-        ):
-            groups = self._own_params[index] if self._own_params else [g["params"] for g in optimizer.param_groups]
-            number = {id(param): place for place, param in enumerate(chain.from_iterable(groups))}
-            found.append(
-                {
-                    "state": {number[id(param)]: dict(state) for param, state in _copy_state(fresh).items()},
-                    "param_groups": [
-                        {**own, "params": [number[id(param)] for param in params]}
-                        for own, params in zip(options, groups, strict=True)
-                    ],
-                }
-            )
+        for index, (options, fresh) in enumerate(zip(self.start.options, self.fresh_states(), strict=True)):
+            places = iter(range(sum(map(len, self._params_of(index)))))
+            groups = [[next(places) for _ in params] for params in self._params_of(index)]
+            own = [{**group, "params": params} for group, params in zip(options, groups, strict=True)]
+            found.append({"state": fresh, "param_groups": own})
         return found
+
+    def fresh_states(self) -> list[dict[int, Any]]:
+        """The fresh state of each optimizer by the number of the parameter, as in its ``state_dict``."""
+        found = []
+        for index, fresh in enumerate(self._fresh):
+            number = {id(param): place for place, param in enumerate(chain.from_iterable(self._params_of(index)))}
+            found.append({number[id(param)]: dict(state) for param, state in _copy_state(fresh).items()})
+        return found
+
+    def _params_of(self, index: int) -> list[list[nn.Parameter]]:
+        """The module's own parameters in the groups of an optimizer, also while clients train side by side."""
+        return (
+            self._own_params[index] if self._own_params else [g["params"] for g in self.optimizers[index].param_groups]
+        )
+
+    @property
+    def are_fresh(self) -> bool:
+        """Whether the optimizers have the states with which clients start that keep none."""
+        return all(_same(own.state, fresh) for own, fresh in zip(self.optimizers, self._fresh, strict=True))
+
+    def make_fresh(self) -> None:
+        """Gives the optimizers the states with which clients start that keep none."""
+        for optimizer, fresh in zip(self.optimizers, self._fresh, strict=True):
+            optimizer.state.clear()
+            optimizer.state.update(_copy_state(fresh))
 
     @contextmanager
     def borrowed_optimizer(self) -> Iterator[Optimizer]:
         """Lends the only optimizer for training outside rounds, with a fresh state and the last round's start options.
 
         Yields:
-            The optimizer. Afterwards its options and the schedules are restored.
+            The optimizer. Afterwards its state, its options and the schedules are restored.
         """
         (optimizer,) = self.optimizers
-        before = self._present()
+        before, state = self._present(), _copy_state(optimizer.state)
         try:
             self.restart(None)
             yield optimizer
         finally:
             self._go_to(before)
+            optimizer.state.clear()
+            optimizer.state.update(state)
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
         """For each parameter, the learning rates of the client's steps summed."""
@@ -392,14 +410,13 @@ class OptimizerStates:
         """Goes to these options, schedules and scaler, with fresh states of the optimizers."""
         self._set_scaler(start.scaler)
         # The optimizers are restarted instead of made anew: Lightning's wrappers and the schedulers refer to them.
-        for optimizer, options, fresh in zip(self.optimizers, start.options, self._fresh, strict=True):
+        for optimizer, options in zip(self.optimizers, start.options, strict=True):
             for group, saved in zip(optimizer.param_groups, options, strict=True):
                 group.update({name: _copied(value) for name, value in saved.items()})
                 # Also under manual optimization, where the module may add to gradients that it finds.
                 for param in group["params"]:
                     param.grad = None
-            optimizer.state.clear()
-            optimizer.state.update(_copy_state(fresh))
+        self.make_fresh()
         for schedule, state in zip(self.schedules, start.schedules, strict=True):
             # `load_state_dict` takes over the objects that it is given, and the next client needs them unchanged.
             schedule.scheduler.load_state_dict(copy.deepcopy(state))
@@ -492,6 +509,15 @@ def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 def _like(value: Any, own: Any) -> Any:
     # A learning rate that is a tensor stays one, on its device; the report of another rank holds a number.
     return torch.full_like(own, value) if isinstance(own, Tensor) else copy.deepcopy(value)
+
+
+def _same(one: Any, two: Any) -> bool:
+    """Whether two states, or parts of them, hold the same values."""
+    if isinstance(one, Mapping):
+        return one.keys() == two.keys() and all(_same(value, two[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):  # as in LBFGS
+        return len(one) == len(two) and all(map(_same, one, two))
+    return torch.equal(one, two) if isinstance(one, Tensor) else bool(one == two)
 
 
 def _copy_state(state: Mapping[Any, Any]) -> dict[Any, Any]:

@@ -13,6 +13,7 @@ from torch.func import vmap
 from lightning_fl.engines import LocalResult
 from lightning_fl.engines.local_trainer import GradTransform
 from lightning_fl.engines.vectorized.stacking import NotStackable, part, stack
+from lightning_fl.federation.checks import check_context, check_finished
 from lightning_fl.federation.settings import FederationSettings
 from lightning_fl.torch_internals import pytree
 from lightning_fl.types import ClientId, Context, GradientAt, LocalRun, Phase, State, Tree, Update
@@ -108,7 +109,11 @@ class ClientGroup:
         # Called client by client: `stack` then recognizes tensors that are the same object for all, such as the global
         # model, and shares them instead of copying them for each client.
         self._contexts = [
-            self.algorithm.client_init(self._server_of(client, server), state, probe)
+            check_context(
+                self.algorithm,
+                self.algorithm.client_init(self._server_of(client, server), state, probe),
+                server["params"],
+            )
             for client, state in zip(self.clients, states, strict=True)
         ]
         self._algorithm_states = states
@@ -196,6 +201,9 @@ class ClientGroup:
         except (NotStackable, RuntimeError):  # RuntimeError: vmap has no rule for what `client_finish` does
             return self._finish_each(params, runs)
 
+    def _checked(self, params: Tree, context: Context, state: Any, run: LocalRun) -> tuple[Update, State | None]:
+        return check_finished(self.algorithm, self.algorithm.client_finish(params, context, state, run))
+
     def _finish_at_once(
         self, params: Tree, state: Any, state_dims: Any, runs: Sequence[LocalRun]
     ) -> tuple[Update, State | None]:
@@ -203,7 +211,7 @@ class ClientGroup:
 
         def finish(params: Tree, context: Any, state: Any, loss: Tensor) -> tuple[Tree, dict[str, Tree], Any]:
             nonlocal keeps_state
-            update, own = self.algorithm.client_finish(params, context, state, replace(runs[0], loss=loss))  # type: ignore[arg-type]
+            update, own = self._checked(params, context, state, replace(runs[0], loss=loss))  # type: ignore[arg-type]
             keeps_state = own is not None
             # vmap refuses None as an output; the empty tree stands for a client without state.
             return update.delta, dict(update.aux), own if keeps_state else {}
@@ -217,7 +225,7 @@ class ClientGroup:
     def _finish_each(self, params: Tree, runs: Sequence[LocalRun]) -> tuple[Update, State | None]:
         updates, states = [], []
         for index, (context, state, run) in enumerate(zip(self._contexts, self._algorithm_states, runs, strict=True)):
-            update, own = self.algorithm.client_finish(part(params, index), context, state, run)
+            update, own = self._checked(part(params, index), context, state, run)
             updates.append((update.delta, dict(update.aux)))
             states.append(own)
         # Not shared: the aggregator expects the client dimension in every tensor, also if all clients return the same
@@ -227,7 +235,7 @@ class ClientGroup:
 
     def _finish_alone(self, params: Tree, run: LocalRun) -> tuple[Update, State | None]:
         own_params = {name: tensor[0] for name, tensor in params.items()}
-        update, state = self.algorithm.client_finish(own_params, self._contexts[0], self._algorithm_states[0], run)
+        update, state = self._checked(own_params, self._contexts[0], self._algorithm_states[0], run)
         aux = {name: _as_stack(tree) for name, tree in update.aux.items()}
         return Update(delta=_as_stack(update.delta), aux=aux), None if state is None else _as_stack(state)
 

@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_fl.aggregation import RoundContext
 from lightning_fl.engines.buffers import contributions_like, moved
 from lightning_fl.engines.within_silo import WithinSilo
+from lightning_fl.federation.checks import check_aggregate, check_next_model, check_server_state
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.settings import FederationSettings, FederationState
-from lightning_fl.tree import SEPARATOR, flatten, is_finite, norm, scale, zeros_like
+from lightning_fl.tree import norm, scale, zeros_like
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -136,24 +137,22 @@ def server_step(
     """
     # The caller's state is not changed: it is the one to go back to if the round can't be closed.
     states, contexts = list(state.transforms), contexts_of(settings, ctx)
-    start = time.perf_counter()
+    start, before = time.perf_counter(), aggregate
     # What the last client half did to an update has to be undone first.
     for index, transform in reversed(list(enumerate(settings.transforms))):
         aggregate, states[index] = transform.server(aggregate, states[index], contexts[index])
+        if index == 0:
+            delta = settings.algorithm.delta_like(state.server["params"], state.server)
+            check_aggregate(transform, "server", aggregate, delta, before.buffers)
     if seconds is not None:
         seconds["transform"] = time.perf_counter() - start
     if aggregate.neighbours is not None and not settings.algorithm.mixes_neighbours:
         aggregate = replace(aggregate, nodes=aggregate.neighbours.gather(aggregate.nodes), neighbours=None)
     # Asked after the transforms, since one that adds noise gives weight to a round that had no client.
-    server = settings.algorithm.server_update(state.server, aggregate) if aggregate.weight else state.server
-    bad = [name for name, tensor in flatten(server).items() if server is not state.server and not is_finite([tensor])]
-    # The processes of a silo may hold different parts of the state, and must go on or stop together.
-    if not WithinSilo(ctx.group).all_agree([not bad])[0]:
-        found = some([name.replace(SEPARATOR, "/") for name in bad]) or "what another process of the silo holds"
-        raise ValueError(
-            f"In round {ctx.round} the server's update of {type(settings.algorithm).__name__} has led to NaN or Inf in "
-            f"{found}. Model and state stay those of the round's start. Lower the algorithm's server_lr, if it has "
-            "one, or the clients' learning rate, or look at what transforms and aggregator make of the updates."
+    server = state.server
+    if aggregate.weight:
+        server = check_next_model(
+            settings.algorithm, settings.algorithm.server_update(server, aggregate), server["params"], aggregate
         )
     facts: dict[str, Any] = {}
     start = time.perf_counter()
@@ -189,7 +188,13 @@ def close_server(opened: ServerRound, acc: Any, joined: RankReport) -> Closing:
     # raises.
     may_be_empty = settings.hides_clients or len(ctx.cohort) < ctx.population
     is_empty = may_be_empty and not joined.num_clients
-    aggregate = nothing(opened) if is_empty else settings.aggregator.result(acc, ctx)
+    if is_empty:
+        aggregate = nothing(opened)
+    else:
+        like = opened.template
+        aggregate = check_aggregate(
+            settings.aggregator, "result", settings.aggregator.result(acc, ctx), like.delta, like.buffers
+        )
     seconds: dict[str, float] = {}
     state, aggregate, facts = server_step(settings, opened.state, aggregate, ctx, seconds)
     if not is_empty:
@@ -223,9 +228,14 @@ def stop_reason(settings: FederationSettings, state: FederationState, ctx: Round
     return next((reason for reason in reasons if reason is not None), None)
 
 
+def _first(settings: FederationSettings, params: Tree) -> State:
+    algorithm = settings.algorithm
+    return check_server_state(algorithm, "server_init", algorithm.server_init(params, settings.population), params)
+
+
 def _continue(settings: FederationSettings, server: State, params: Tree) -> State:
     if not server:
-        return settings.algorithm.server_init(params, settings.population)
+        return _first(settings, params)
     # The module's values win over the state's, because users and callbacks may change the model between rounds.
     if server["params"].keys() == params.keys():
         return {**server, "params": params}
@@ -238,7 +248,7 @@ def _continue(settings: FederationSettings, server: State, params: Tree) -> Stat
         )
     # Layers were frozen or unfrozen: what is still shared keeps its entries, such as momentum, and the rest starts
     # afresh.
-    fresh = settings.algorithm.server_init(params, settings.population)
+    fresh = _first(settings, params)
     return {key: _complete(server.get(key), value) for key, value in fresh.items()} | {"params": params}
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from torch import Tensor
 from lightning_fl.strategies import frozen_weights
 from lightning_fl.strategies.checkpoint import load_client
 from lightning_fl.types import Tree
+from lightning_fl.yaml_files import read_yaml
 
 Inputs = tuple[Tensor, ...]
 """The arguments of ``module.forward``, for a batch of examples."""
@@ -176,7 +176,7 @@ def run_config(checkpoint: Path) -> dict[str, Any]:
     """``config.yaml`` of the run that wrote a checkpoint; empty if there is none."""
     for folder in (checkpoint.parent, checkpoint.parent.parent):
         if (folder / "config.yaml").is_file():
-            return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+            return read_yaml(folder / "config.yaml") or {}
     return {}
 
 

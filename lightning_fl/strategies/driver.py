@@ -53,6 +53,7 @@ from lightning_fl.strategies.hooks import batch_hook, call_federated_hook, has_h
 from lightning_fl.strategies.logged_values import LoggedValues, late_entries, monitor_names, publish
 from lightning_fl.strategies.loops import OUTSIDE_CLIENTS, RoundEpochLoop
 from lightning_fl.strategies.metric_states import MetricStates
+from lightning_fl.strategies.only_client import show_kept, take_changes
 from lightning_fl.strategies.open_round import OpenRound
 from lightning_fl.strategies.probe import probe
 from lightning_fl.strategies.rank_sync import RankSync, naming_round
@@ -292,6 +293,7 @@ class RoundDriver:
         self.has_started = True
         # The first plan: only now are the loops restored, and is it known which clients keep state and how they train.
         self.plan_round()
+        self._show_kept()
         self._session = self.settings.aggregator.open(self.group, self.facts)
 
     def _take_grouping(self, memory: GroupingMemory) -> None:
@@ -432,6 +434,10 @@ class RoundDriver:
         self.plan_round()
         check_gradient_at(self.settings.algorithm, self.trainer)  # for the same reason
         self._take_optimizers()
+        if self._shows_kept:
+            take_changes(self._active_trainer.optimizers, self.store, self.population.ids[0])
+        elif not self._active_trainer.optimizers.are_fresh:
+            self.warnings.optimizer_state(index)
         loop.is_round_done = False
         if not averages_models(trainer):  # which may put the mean of the rounds' models in at the epoch's start
             self.check_released("at the epoch's start")
@@ -502,6 +508,25 @@ class RoundDriver:
         self._active_trainer.optimizers.take(self.trainer.optimizers)
         for phase in range(len(self.settings.algorithm.phases())):
             self.store.drop_entry(optimizer_entry(phase))  # they are those of other optimizers
+
+    @property
+    def _shows_kept(self) -> bool:
+        """Whether hooks between rounds see the state that the only client's optimizer keeps, as in a plain Trainer."""
+        local = self.local_trainer
+        return (
+            local is not None
+            and local.client_optimizer == "keep"
+            and len(self.population) == 1
+            and self.group.rank == 0
+            and len(self.settings.algorithm.phases()) == 1
+            # A hook could publish what noise is to protect.
+            and not self.settings.is_private
+            and not local.within.is_spread
+        )
+
+    def _show_kept(self) -> None:
+        if self._shows_kept:
+            show_kept(self._active_trainer.optimizers, self.store, self.population.ids[0])
 
     def _make_steps(self, loop: RoundEpochLoop, values: LoggedValues) -> BatchSteps:
         hook = batch_hook(self.trainer, self.strategy_type)
@@ -739,6 +764,7 @@ class RoundDriver:
             self.warnings.data(index, reports)
             self.is_closing = True
             result = round.close(reports, opened.loaders.seconds_waiting)
+        self._show_kept()
         num_bytes, self.num_bytes_before = result.num_bytes + self.num_bytes_before, 0
         return reports, replace(result, num_bytes=num_bytes)
 
@@ -889,6 +915,7 @@ class RoundDriver:
             self.vectorized.close()
         if self.local_trainer is not None:
             self.local_trainer.optimizers.close()
+            self.local_trainer.optimizers.make_fresh()  # a checkpoint may follow
             self.local_trainer = None
 
     # ---- checkpoints
@@ -936,6 +963,11 @@ class RoundDriver:
         """Puts the start of an unfinished round into a checkpoint; training itself goes on undisturbed."""
         if self.open_round is not None:
             self.open_round.rewind(checkpoint, self.trainer)
+        elif self._shows_kept:  # it is in the client's state, from which a resumed run takes it
+            for own, fresh in zip(
+                checkpoint["optimizer_states"], self._active_trainer.optimizers.fresh_states(), strict=True
+            ):
+                own["state"] = fresh
         if self.interrupted_loops is not None:
             checkpoint["loops"]["fit_loop"] = self.interrupted_loops
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,23 +13,20 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.utilities.rank_zero import rank_zero_only as fabric_rank_zero_only
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_fl.aggregation import Aggregator, Corruption, Transform
 from lightning_fl.algorithms import Algorithm, Weighting, get_algorithm
-from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform
+from lightning_fl.clients import Amount, Cohort, Durations, Participation, Population, Stragglers, Uniform, Weighted
 from lightning_fl.clients.cohorts import describe_sampling
-from lightning_fl.communication import Group, LocalGroup, Message, RankLost
+from lightning_fl.communication import LocalGroup, RankLost
 from lightning_fl.communication.attendance import NAME_VARIABLE, check_silo_name
 from lightning_fl.communication.line import Transport
-from lightning_fl.communication.objects import decode_object, encode_object
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.splitting import shard
 from lightning_fl.engines import ClientOptimizer, OptimizerStates, Vectorized
@@ -66,7 +62,8 @@ from lightning_fl.strategies.frozen_weights import FrozenWeights, put_in
 from lightning_fl.strategies.hooks import run_training_step
 from lightning_fl.strategies.loops import adopt_loops
 from lightning_fl.strategies.network import check_network, open_network, protections_of, secure_of, settings_of_silo
-from lightning_fl.strategies.one_package import refuse_apart
+from lightning_fl.strategies.rank_sync import name_round
+from lightning_fl.strategies.ranks import RankedStrategy
 from lightning_fl.strategies.round_loaders import RoundLoader
 from lightning_fl.strategies.round_view import RoundView
 from lightning_fl.strategies.scheduling import check_clients, check_learning_rates, check_schedule, choose_schedule
@@ -88,7 +85,6 @@ from lightning_fl.strategies.validation import (
     SEVERAL_LOADERS,
     check_choice,
     check_launcher,
-    check_not_in_notebook,
     check_phases,
     check_same_on_ranks,
     check_trainer,
@@ -102,7 +98,7 @@ from lightning_fl.strategies.validation import (
     settings_of_ranks,
     settings_of_training,
     versions,
-    warn_of_processes,
+    warn_of_own_scaling,
 )
 from lightning_fl.topologies import Topology
 
@@ -111,13 +107,14 @@ if TYPE_CHECKING:
     from lightning_fl.coordinator.silo import NetworkFederation
 
 
-class FederatedStrategy(internals.ReusableStrategy):
+class FederatedStrategy(RankedStrategy):
     """Trains an unmodified LightningModule as a federation; a round is a Lightning epoch.
 
     Args:
         algorithm: A registered name such as ``"fedavg"``, or an object with its hyper-parameters.
         num_clients: Simulated clients among which a plain training loader is split.
-        clients_per_round: Clients that take part in a round: a count (int), a share (float), or None for all.
+        clients_per_round: Clients that take part in a round: a count (int), a share (float; a half is rounded to the
+            even count, so that 0.5 of 5 are 2), or None for all.
         local_epochs: Passes of each client over its data in a round. None: 1. An uneven amount is an
             :class:`~lightning_fl.clients.Amount`, such as ``fl.clients.Between(1, 5)``.
         local_steps: Optimizer steps of each client in a round, instead of passes; its loader is cycled.
@@ -262,6 +259,11 @@ class FederatedStrategy(internals.ReusableStrategy):
             if not is_in_real_time:
                 transforms = (*self.schedule.transforms, *transforms)
         self.weighting: Weighting = choose_weighting(weighting, self.aggregator, transforms, self.algorithm)
+        if self.weighting == "examples" and isinstance(self.cohort, Weighted) and self.cohort.weights == "examples":
+            rank_zero_warn(
+                "cohort=Weighted('examples') draws clients by their number of examples, and weighting='examples' "
+                "counts it once more: a client then counts by its square. Set weighting='uniform'."
+            )
         self.client_optimizer: ClientOptimizer = client_optimizer
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
@@ -293,8 +295,6 @@ class FederatedStrategy(internals.ReusableStrategy):
         self.transport = transport
         self.address, self.kit = federation, kit
         self.network: NetworkFederation | SharedSilo | None = None
-        self.num_nodes = 1
-        self.federation: Group = LocalGroup()
         self.driver: RoundDriver | None = None
         self._last_fit: LastFit | None = None
         self._connection: tuple[Any, ...] | None = None
@@ -304,84 +304,16 @@ class FederatedStrategy(internals.ReusableStrategy):
         self._as_made: list[AsMade] = []
         self.group_losses: Tensor | None = None
         """The losses of the clients that train side by side, in their last step."""
-        self._works_alone = False
         self._error: BaseException | None = None
         self._is_requeued = False
         self._warnings = UserWarnings()
         self._evaluation_metrics: EvaluationMetrics | None = None
 
-    # ---- processes and devices
-
-    @property
-    def root_device(self) -> torch.device:
-        # Under torchrun `devices="auto"` is a single CPU device for any number of ranks, and ranks may share a GPU:
-        # `local_rank` may lie beyond the list.
-        devices = self.parallel_devices or [torch.device("cpu")]
-        return devices[0] if devices[0].type == "cpu" else devices[self.local_rank % len(devices)]
-
-    @property
-    def num_processes(self) -> int:
-        """Processes that Lightning starts on this machine."""
-        return len(self.parallel_devices or ())
-
-    @property
-    def started_by_launcher(self) -> bool:
-        """Whether torchrun, SLURM, MPI or Ray started the ranks, rather than Lightning."""
-        # Ray's environment derives from Lightning's own.
-        return type(self.cluster_environment) is not LightningEnvironment
-
-    @property
-    def is_distributed(self) -> bool:
-        """Whether there are several ranks; Lightning reads it to decide whether ``sync_dist`` has an effect."""
-        # Not the `world_size` below: Lightning keeps the settings of a name's first `self.log`, of which this is one,
-        # and raises if a later call has others. So it must be the same inside a round and after it.
-        return super().world_size > 1
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks; 1 while a rank trains its clients, which needs no other rank."""
-        # With more than one rank Lightning refuses a `training_step` that returns None, and on SIGTERM it broadcasts
-        # over the default process group, if there is one, to ranks that are busy with other clients.
-        return 1 if self.in_local_phase else super().world_size
+    # ---- processes
 
     @property
     def in_local_phase(self) -> bool:
-        """Whether ranks work on their own, so that collectives concern one rank only."""
-        return self._works_alone or (self.driver is not None and self.driver.in_local_phase)
-
-    @contextmanager
-    def local_phase(self) -> Iterator[None]:
-        """Makes collectives concern this rank only, inside the block."""
-        self._works_alone, before = True, self._works_alone
-        try:
-            yield
-        finally:
-            self._works_alone = before
-
-    def set_world_ranks(self) -> None:
-        """Sets this process's rank in the cluster environment and in Lightning's rank-zero functions."""
-        refuse_apart(self.accelerator)  # here, because it is called when a Trainer takes the strategy
-        assert self.cluster_environment is not None
-        if self.started_by_launcher:
-            started, asked = super().world_size, self.num_processes * self.num_nodes
-            if asked not in (1, started) and self.root_device.type == "cpu":
-                raise MisconfigurationException(
-                    f"The launcher started {started} processes, but Trainer(devices={self.num_processes}, num_nodes="
-                    f"{self.num_nodes}) asks for {asked}. Leave devices and num_nodes out."
-                )
-        else:
-            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
-            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        for function in (rank_zero_only, fabric_rank_zero_only):
-            function.rank = self.global_rank  # type: ignore[attr-defined]
-
-    def _configure_launcher(self) -> None:
-        assert self.cluster_environment is not None
-        # Without a launcher Lightning runs in this process, which is right where torchrun, SLURM or MPI has started it.
-        if not self.cluster_environment.creates_processes_externally and self.num_processes * self.num_nodes > 1:
-            check_not_in_notebook(self.num_processes)
-            warn_of_processes(self.num_processes, self.root_device)
-            self._launcher = internals.SubprocessLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+        return super().in_local_phase or (self.driver is not None and self.driver.in_local_phase)
 
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -390,7 +322,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self.network, self._error = None, None
             return
         # Each fit, validate and test comes here; the ranks stay connected between them, also from Trainer to Trainer.
-        connection = self.global_rank, super().world_size, self.root_device.type
+        connection = self.global_rank, self.num_ranks, self.root_device.type
         if self._connection == connection:
             self._give_mesh()
             return
@@ -398,8 +330,8 @@ class FederatedStrategy(internals.ReusableStrategy):
         where = environment.main_address, environment.main_port, self.root_device, self.timeout, self._own_name
         # In a federation over a network all processes of the launch are one silo.
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", self.num_processes))
-        together = on_machine if self.address is None else super().world_size
-        self.federation = connect_processes(self.silo, self.global_rank, super().world_size, together, where)
+        together = on_machine if self.address is None else self.num_ranks
+        self.federation = connect_processes(self.silo, self.global_rank, self.num_ranks, together, where)
         self._connection = connection
         self._give_mesh()
         if self.federation.is_alone:
@@ -422,7 +354,7 @@ class FederatedStrategy(internals.ReusableStrategy):
             self,
             self._trainer,
             rank=self.global_rank,
-            size=super().world_size,
+            size=self.num_ranks,
             address=environment.main_address,
             port=environment.main_port,
             name=self._own_name,
@@ -432,37 +364,6 @@ class FederatedStrategy(internals.ReusableStrategy):
     def _give_mesh(self) -> None:
         if self.federation.is_spread:
             internals.give_mesh(self._module, mesh_of(self.federation, self.root_device))
-
-    def model_to_device(self) -> None:
-        assert self.model is not None
-        self.model.to(self.root_device)
-
-    # ---- collectives: real between the local phases, the identity within them
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if self.in_local_phase or self.federation.is_alone or not isinstance(tensor, Tensor):
-            return tensor
-        # Callers give a name or torch's `ReduceOp`, whose text has the class in front.
-        name = str(reduce_op).lower().rpartition(".")[2]
-        name = {"avg": "mean"}.get(name, name)
-        check_choice("reduce_op", name, ("sum", "mean", "min", "max"))
-        return self.federation.all_reduce(tensor, name)
-
-    def barrier(self, name: str | None = None) -> None:
-        if not self.in_local_phase:
-            self.federation.barrier()
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        if self.in_local_phase or self.federation.is_alone:
-            return obj
-        # Not torch's `broadcast_object_list`, which unpickles what a peer has sent and so would run its code.
-        return decode_object(self.federation.broadcast_message(encode_object(obj), src))
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        if self.in_local_phase or self.federation.is_alone:
-            return tensor
-        parts = self.federation.all_gather(Message(tensors={"value": tensor}))
-        return torch.stack([part.tensors["value"] for part in parts]).to(tensor.device)
 
     # ---- set-up
 
@@ -502,8 +403,9 @@ class FederatedStrategy(internals.ReusableStrategy):
         if trainer.state.fn == TrainerFn.FITTING or self.federation.size > 1:
             check_tensors(self.lightning_module, self.federation.is_spread)
         self.personal = tuple(self.algorithm.personal(self.lightning_module, self.named_personal))
-        is_hidden = is_private(self.aggregator, self.transforms, self._protects_examples)
-        columns = described_columns(getattr(trainer, "datamodule", None), is_hidden)
+        columns = described_columns(getattr(trainer, "datamodule", None), self._is_private)
+        if self._validation_is_per_rank and (self.network is not None or not self.federation.is_alone):
+            warn_of_own_scaling(columns)
         if not self.federation.is_alone:
             settings = {**settings_of_ranks(self, trainer), **settings_of_training(trainer)}
             for group in (self.federation.inner, self.federation):
@@ -515,12 +417,14 @@ class FederatedStrategy(internals.ReusableStrategy):
             if sent:
                 rank_zero_info(f"Rank 0 has sent {sent:,} bytes of frozen parameters to each of the others.")
         if self.network is not None and trainer.state.fn == TrainerFn.FITTING:
+            from lightning_fl.coordinator.silo import Introduction
+
             common = {**settings_of_training(trainer), **columns}
             tensors = FederatedTensors(self.lightning_module, self.personal, may_be_spread=self.federation.is_spread)
             protections = protections_of(self, trainer.callbacks)  # type: ignore[attr-defined]
-            own = settings_of_silo(self)
-            secure, is_asynchronous = secure_of(self), self.schedule is not None
-            self.network.join(tensors, own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            own, secure, is_asynchronous = settings_of_silo(self), secure_of(self), self.schedule is not None
+            said = Introduction(own, common, versions(), protections, secure, self.weighting, is_asynchronous)
+            self.network.join(tensors, said)
             if self.driver is not None:  # `configure_optimizers` has needed the loaders; now it is known who takes part
                 self.driver.settings = self._settings_of(self.driver.population)
                 self.driver.renew(self.driver.population)
@@ -702,8 +606,7 @@ class FederatedStrategy(internals.ReusableStrategy):
 
     def _start_evaluation(self) -> None:
         results, silos = internals.active_results(self._trainer), self._validation_is_per_rank
-        private = is_private(self.aggregator, self.transforms, self._protects_examples)
-        self.evaluation_metrics.start(results, silos or self.split_validation, silos, private)
+        self.evaluation_metrics.start(results, silos or self.split_validation, silos, self._is_private)
         # Until the last batch: ranks may have different numbers of batches, so that a collective in a step would hang.
         self._works_alone = True
 
@@ -719,9 +622,10 @@ class FederatedStrategy(internals.ReusableStrategy):
     def on_exception(self, exception: BaseException) -> None:
         """Leaves word for the other ranks, which would only see that this one is gone."""
         self._error = exception
+        if isinstance(exception, RankLost) and self.history:  # outside a round, such as in validation
+            name_round(exception, f"After round {self.history[-1]['round']}")
         if not self.federation.is_alone and (self.silo is not None or not isinstance(exception, RankLost)):
-            hides = is_private(self.aggregator, self.transforms, self._protects_examples)
-            self.federation.leave(describe_failure(exception, hides))
+            self.federation.leave(describe_failure(exception, self._is_private))
         super().on_exception(exception)
 
     def interrupt(self) -> None:
@@ -947,6 +851,10 @@ class FederatedStrategy(internals.ReusableStrategy):
     def _protects_examples(self) -> bool:
         callbacks = self._trainer.callbacks  # type: ignore[attr-defined]
         return any(getattr(callback, "protects_examples", False) for callback in callbacks)
+
+    @property
+    def _is_private(self) -> bool:
+        return is_private(self.aggregator, self.transforms, self._protects_examples)
 
     @property
     def _seed(self) -> int:

@@ -14,6 +14,10 @@ from lightning_fl.communication import Group, Message, RankLost
 from lightning_fl.strategies.hooks import has_hooks
 from lightning_fl.tree import fingerprint
 
+REMEDY = (
+    "Start all ranks again with the last checkpoint to continue: trainer.fit(..., ckpt_path=FILE), or "
+    "`--ckpt_path last` on the command line."
+)
 HOOKS_AFTER_THE_ROUND = ("on_train_batch_end", "on_validation_end", "on_validation_epoch_end", "on_train_epoch_end")
 
 
@@ -23,10 +27,14 @@ def naming_round(when: str, what: str = "") -> Iterator[None]:
     try:
         yield
     except RankLost as error:
-        raise RankLost(
-            f"{when}: {error} {what}Start all ranks again with trainer.fit(..., ckpt_path='last') to continue from the "
-            "last checkpoint."
-        ) from error
+        name_round(error, when, what)
+        raise
+
+
+def name_round(error: RankLost, when: str, what: str = "") -> None:
+    """Adds the round and the remedy to the text of an error, once."""
+    if REMEDY not in str(error):
+        error.args = (f"{when}: {error} {what}{REMEDY}",)
 
 
 class RankSync:

@@ -135,6 +135,15 @@ class UserWarnings:
                 "the hook does after all other batches is part of the clients' updates."
             )
 
+    def optimizer_state(self, round: int) -> None:
+        """Warns, once, of a change to the state of an optimizer between rounds, which reaches no client."""
+        if self._is_new("optimizer state"):
+            rank_zero_warn(
+                f"The state of an optimizer was changed before round {round}, which has no effect: each client starts "
+                "with a fresh state, or with client_optimizer='keep' with its own. What is to change each client's "
+                "state belongs in on_client_start of a FederatedCallback."
+            )
+
     def not_consulted(self, round: int, judge: str, metric: str) -> None:
         """Informs that a callback or a schedule is not consulted in a round that has not measured what it monitors."""
         if self._is_new(("not consulted", round, judge)):

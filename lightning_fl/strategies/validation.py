@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -115,6 +115,10 @@ def versions() -> dict[str, str]:
     return {"lightning_fl": lightning_fl.__version__, "lightning": L.__version__, "torch": torch_version}
 
 
+OWN_TO_EACH_SILO = "each silo's own"
+"""What a datamodule says of numbers in ``described_columns`` that silos need not share."""
+
+
 def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
     """What the positions of features and classes mean, for a datamodule that says so.
 
@@ -126,6 +130,15 @@ def described_columns(datamodule: Any, is_private: bool) -> dict[str, str]:
     if is_private and learned:
         return {}
     return dict(getattr(datamodule, "described_columns", {}))
+
+
+def warn_of_own_scaling(columns: Mapping[str, str]) -> None:
+    """Warns of silos that each scale their columns by their own rows."""
+    if OWN_TO_EACH_SILO in columns.values():
+        rank_zero_warn(
+            "Each silo scales its columns by its own rows, so that a number means something else at each of them. "
+            "Agree on a schema (`lightning-fl analyze --schema`, or data.schema.save at one silo), and give it to all."
+        )
 
 
 def settings_of_training(trainer: L.Trainer) -> dict[str, str]:

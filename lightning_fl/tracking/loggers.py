@@ -82,6 +82,14 @@ def log_by_round(trainer: L.Trainer, round: int, metrics: Mapping[str, float]) -
             logger.experiment.log({"round/number": round + 1, **{f"round/{key}": metrics[key] for key in metrics}})
 
 
+def log_outcome(trainer: L.Trainer, value: float) -> None:
+    """Logs a run's last headline metric beside its settings in TensorBoard, unless the module logs one itself."""
+    for logger in _writing(trainer):
+        if isinstance(logger, TensorBoardLogger) and "hp_metric" not in trainer.callback_metrics:
+            logger.log_metrics({"hp_metric": value}, trainer.global_step)
+            logger.save()
+
+
 def log_own_silo(trainer: L.Trainer, row: Mapping[str, Any]) -> None:
     """Logs this silo's own metrics, under ``silo/``, to the loggers that write one run per silo."""
     for logger in _writing(trainer):

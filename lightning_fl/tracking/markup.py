@@ -45,6 +45,8 @@ img { max-width: 100%; height: auto; display: block; background: #fff; border-ra
 table { border-collapse: collapse; font-size: 13.5px; width: 100%; }
 th, td { text-align: left; padding: 4px 12px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 500; }
+td:not([class]) { overflow-wrap: anywhere; min-width: 7.5em; }
+caption { text-align: left; color: var(--soft); }
 td.whole { white-space: nowrap; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 pre { background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px; overflow-x: auto;

@@ -3,7 +3,7 @@
 "use strict";
 (() => {
   const COLOURS = ["#4c78a8", "#e45756", "#54a24b", "#f58518", "#b279a2", "#72b7b2", "#9d755d", "#ff9da6", "#bab0ac", "#d4a72c"];
-  const WIDTH = 640, HEIGHT = 320, LEFT = 58, RIGHT = 12, TOP = 24, BOTTOM = 34;
+  const WIDTH = 640, HEIGHT = 340, LEFT = 58, RIGHT = 22, TOP = 32, BOTTOM = 46;
   const MAX_LINES = 12;
   let clips = 0;
 
@@ -68,10 +68,10 @@
         svg.append(make("text", { x: LEFT - 6, y: toY(at) + 4, "text-anchor": "end" }, short(at)));
       }
       for (const at of ticks(view.x0, view.x1)) {
-        svg.append(make("text", { x: toX(at), y: HEIGHT - BOTTOM + 16, "text-anchor": "middle" }, short(at)));
+        svg.append(make("text", { x: toX(at), y: HEIGHT - BOTTOM + 18, "text-anchor": "middle" }, short(at)));
       }
-      svg.append(make("text", { x: WIDTH - RIGHT, y: HEIGHT - 3, "text-anchor": "end" }, xLabel));
-      svg.append(make("text", { x: 4, y: 13 }, yLabel));
+      svg.append(make("text", { x: WIDTH - RIGHT, y: HEIGHT - 5, "text-anchor": "end" }, xLabel));
+      svg.append(make("text", { x: 4, y: 16 }, yLabel));
       const group = make("g", { "clip-path": `url(#${clip})` });
       for (const line of shown()) {
         let path = "", isOpen = false;
@@ -239,6 +239,7 @@
       const differing = names.filter((name) => new Set(chosen.map((run) => run.settings[name])).size > 1);
       const head = make("tr");
       ["setting", ...chosen.map((run) => run.name)].forEach((name) => head.append(make("th", {}, name)));
+      if (!differing.length) return table.replaceChildren(make("caption", {}, chosen.length > 1 ? "All settings are the same." : ""));
       table.replaceChildren(head, ...differing.map((name) => {
         const line = make("tr");
         [name, ...chosen.map((run) => run.settings[name] ?? "-")].forEach((value) => line.append(make("td", {}, value)));

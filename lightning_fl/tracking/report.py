@@ -17,6 +17,8 @@ MAX_PANELS = 8
 EVALUATED = ("personalized/", "global/", "local/")
 """Prefix of the metrics of :class:`~lightning_fl.callbacks.PersonalizedEvaluation`."""
 CONTRIBUTION = "contribution/"
+LEAST_SECONDS = 0.005
+"""Less than that, over a whole run, is not shown: what a run does not do takes some microseconds too."""
 PHASES = {
     "read": "waiting for data",
     "train": "local training",
@@ -172,7 +174,7 @@ def _after_the_last_round(run: Run) -> str:
         f"clients, the {first} first",
     )
     summary = markup.table(
-        ["model", f"mean {name}", f"{first} client", "median client", f"{last} client"],
+        ["model", f"mean {name} over clients", f"{first} client", "median client", f"{last} client"],
         [[model, sum(own) / len(own), own[0], own[len(own) // 2], own[-1]] for model, own in ordered.items()],
     )
     sizes = {row["client"]: row["num_examples"] for row in rows}
@@ -328,7 +330,7 @@ def _costs(run: Run) -> str:
         name = next(iter(drawn))
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
-    phases = {label: values for label, values in phases.items() if any(values)}
+    phases = {label: values for label, values in phases.items() if sum(values) >= LEAST_SECONDS}
     figures.append(markup.image(plots.phases_figure(rounds, phases), "time of each round by phase, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())

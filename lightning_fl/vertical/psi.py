@@ -66,9 +66,7 @@ def psi(ids: Sequence[str], group: Group, cardinality_only: bool = False) -> Sha
     if group.size < 2:
         raise ValueError("An intersection needs at least two parties, but there is one. Start them with torchrun.")
     own = AgreementKey()
-    twice = len(ids) - len(set(ids))
-    problem = f"party {group.rank} has {twice} ids more than once; keep each once" if twice else ""
-    hello = {"size": len(ids), "key": own.public.hex(), "problem": problem, "only": cardinality_only}
+    hello = {"size": len(ids), "key": own.public.hex(), "problem": _problem(ids, group.rank), "only": cardinality_only}
     hellos = [message.fields for message in group.all_gather(Message(hello), "psi: hello")]
     if any(told.keys() != hello.keys() for told in hellos):
         raise ProtocolError(f"A party's first message does not consist of {', '.join(hello)}.")
@@ -91,6 +89,28 @@ def psi(ids: Sequence[str], group: Group, cardinality_only: bool = False) -> Sha
     if group.rank == 0:
         return _lead(ids, group, secret, tag, sizes, bins, cardinality_only)
     return _follow(ids, group, secret, tag, sizes[0], bins[group.rank], pairs, cardinality_only)
+
+
+def _problem(ids: Sequence[str], rank: int) -> str:
+    """What is wrong with a party's ids, to tell all before one of them stops; empty if nothing."""
+    wrong = sum(not isinstance(x, str) for x in ids)
+    if wrong:
+        return f"party {rank} has {wrong} ids that are not text; make them strings, in the same way on all parties"
+    twice = len(ids) - len(set(ids))
+    if twice:
+        return f"party {rank} has {twice} ids more than once; keep each once"
+    broken = sum(not _is_unicode(x) for x in ids)
+    return (
+        f"party {rank} has {broken} ids that are not valid Unicode; read them in their own encoding" if broken else ""
+    )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lead(

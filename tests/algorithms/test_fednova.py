@@ -97,5 +97,9 @@ def test_a_run_of_unknown_work_is_refused() -> None:
         FedNova().client_finish(PARAMS, ctx, None, replace(RUN, normalizer=None))
     with pytest.raises(ValueError, match=r"FedNova\(mu=0\.1\) found work of 13\.1 in 5 steps"):
         FedNova(mu=0.1).client_finish(PARAMS, ctx, None, replace(RUN, normalizer=13.1))
+    lrs = dict.fromkeys(RUN.lr_sum, 0.5)
+    lrs["other"] = 0.05
+    with pytest.raises(ValueError, match=r"learning rates from 0\.01 to 0\.1"):
+        FedNova(mu=0.1).client_finish(PARAMS, ctx, None, replace(RUN, lr_sum=lrs, num_steps=5, normalizer=5.0))
     with pytest.raises(ValueError, match=r"FedNova got mu=-1\.0"):
         FedNova(mu=-1.0)

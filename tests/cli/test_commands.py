@@ -204,6 +204,36 @@ def test_tables_for_papers(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| FedAvg_0 | FedAvg | 2 | 0.8 |" in capsys.readouterr().out
 
 
+def test_marks_of_latex_in_settings_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_run(Path(name), [0.5], path=rf"C:\{name}_{{1}} ~50% <x^2>")
+    main(["compare", "a", "b", "--format", "latex"])
+    shown = r"C:\textbackslash{}a\_\{1\} \textasciitilde{}50\% \textless{}x\textasciicircum{}2\textgreater{}"
+    assert f"path & {shown} &" in capsys.readouterr().out
+
+
+def test_a_table_for_programs_is_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("a"), [0.5] * 400, mu="0.1")
+    write_run(Path("b"), [0.5], mu="0.2")
+    main(["compare", "a", "b", "--format", "csv"])
+    first, second = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert (first["setting mu"], second["setting mu"]) == ("0.1", "0.2")
+    assert first["steps"] == "2000"
+
+
+def test_what_is_no_run_or_has_no_round_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(Path("logs/good"), [0.5])
+    write_run(Path("logs/early"), [])
+    Path("logs/index.html").touch()
+    main(["compare", "logs/early", "logs/good", "logs/index.html"])
+    printed = capsys.readouterr()
+    assert re.findall(r"FedAvg +(\d)", printed.out) == ["1"]
+    assert "left out: logs/early has finished no round" in printed.err
+    assert "left out: logs/index.html is not a folder" in printed.err
+    assert "logs/god is not a folder" in refused(capsys, "compare", "logs/god", "logs/good")
+    assert "has finished no round" in refused(capsys, "compare", "logs/early")
+
+
 def test_no_number_is_cut_off(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     write_run(Path("a" * 60), [0.123456])

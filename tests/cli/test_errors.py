@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import lightning_fl as fl
 from lightning_fl.cli import main
+from lightning_fl.cli.command import is_told_in_one_line
 from lightning_fl.cli.errors import ConfigurationError, in_one_line
 from lightning_fl.cli.words import spell_out_names
 
@@ -67,6 +71,43 @@ CASES = {
         ["--trainer.callbacks+=ClientMetric"],
         "no class is known as 'ClientMetric'; write package.Class. Did you mean 'ClientMetrics'?",
     ),
+    "a word for a number": (
+        ["--trainer.strategy.local_epochs", "one"],
+        "trainer.strategy.local_epochs: expected int or null, found 'one'",
+    ),
+    "half a pass": (
+        ["--trainer.strategy.local_epochs", "1.5"],
+        "trainer.strategy.local_epochs: expected int or null, found '1.5'",
+    ),
+    "one of few words": (
+        ["--trainer.strategy.client_optimizer", "resett"],
+        "trainer.strategy.client_optimizer: expected one of 'reset', 'keep', found 'resett'",
+    ),
+    "settings beside their class": (
+        ["--trainer.strategy.algorithm", '{"class_path": "FedProx", "mu": 1}'],
+        "found {'class_path': 'FedProx', 'mu': 1}; expected {class_path: package.Class, init_args: {NAME: VALUE}}.",
+    ),
+    "settings below a name": (
+        ["--trainer.strategy.algorithm", '{"fedprox": {"mu": 1}}'],
+        "found {'fedprox': {'mu': 1}}; expected {class_path: FedProx, init_args: {NAME: VALUE}}.",
+    ),
+    "a misspelt class in its package": (
+        ["--trainer.callbacks+=lightning_fl.callbacks.ClientMetric"],
+        "module 'lightning_fl.callbacks' has no class 'ClientMetric'. Did you mean 'ClientMetrics'?",
+    ),
+    "a class of an unknown name": (
+        ["--trainer.strategy.aggregator", "median"],
+        "trainer.strategy.aggregator: no class is known as 'median'; write package.Class. Did you mean 'Median'?",
+    ),
+    "one dash": (
+        ["-trainer.max_epochs", "3"],
+        "unrecognized arguments: -trainer.max_epochs 3. An option begins with two dashes: --trainer.max_epochs VALUE.",
+    ),
+    "a file that is not there": (["--config", "nofile.yaml"], "nofile.yaml'"),
+    "a checkpoint that is not there": (
+        ["--ckpt_path", "best.ckpt"],
+        "--ckpt_path best.ckpt does not exist. --ckpt_path last finds the last one below the logger's folder.",
+    ),
     "a misspelt strategy": (["--trainer.strategy", "fedproxx"], "Did you mean 'fedprox'?"),
 }
 
@@ -106,6 +147,23 @@ def test_a_misspelt_key_in_yaml(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.endswith(
         "There is no setting 'trainer.max_epoch'. Did you mean 'trainer.max_epochs'?\n"
     )
+
+
+@pytest.mark.parametrize("text", ["trainer:\n  max_epochs: 3\n\tlogger: false\n", "trainer:\n  max_epochs 3\n  x: 1\n"])
+def test_a_file_that_is_not_yaml(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "config.yaml"])
+    assert re.fullmatch(r"lightning-fl: error: config.yaml is not YAML: line 3.*\n", capsys.readouterr().err)
+
+
+def test_only_what_this_package_refuses_needs_no_traceback() -> None:
+    with pytest.raises(ValueError, match="at least 1") as own:
+        fl.FederatedStrategy("fedavg", clients_per_round=0)
+    with pytest.raises(ValueError, match="learning rate") as other:
+        torch.optim.SGD([torch.zeros(1)], lr=-1.0)
+    assert is_told_in_one_line(own.value)
+    assert not is_told_in_one_line(other.value)
 
 
 def test_a_message_without_a_tree_is_left_as_it_is() -> None:

@@ -111,7 +111,7 @@ def test_from_an_empty_folder_to_a_report(project: Path, capsys: pytest.CaptureF
 def test_without_a_last_checkpoint_nothing_starts(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--config", "config.yaml", "--ckpt_path", "last"])
-    assert "error: --ckpt_path last found no last.ckpt below logs/sites." in capsys.readouterr().err
+    assert "error: --ckpt_path last found no checkpoint below logs/sites." in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import http.client
 import logging
 import os
 import re
@@ -21,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from lightning_fl.communication import Message
 from lightning_fl.coordinator import http_server, identity
@@ -119,6 +121,22 @@ def test_disk_full_is_answered_by_507(folder: Path) -> None:
         with pytest.raises(Exception, match=r"status 507.*No space left on device"):
             silos[0].send(openings[0])
         space.is_full = False
+
+
+def test_an_error_of_the_network_is_not_taken_for_one_of_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connection breaks in the middle of a body: the coordinator goes on, and does not read its folder again."""
+
+    async def read(request: web.Request) -> bytes:
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    with live_coordinator(folder, rules(), settings()) as live:
+        client = Client(live.address, Kit(folder / "east"), gives_up_after=0)
+        monkeypatch.setattr(web.Request, "read", read)
+        with pytest.raises(http.client.HTTPException, match="status 408"):
+            client.ask("POST", "/v1/leave", {})
+        client.close()
 
 
 def test_disk_full_in_the_middle_of_a_line_of_the_audit_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

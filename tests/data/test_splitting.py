@@ -237,6 +237,15 @@ def test_a_weighted_sampler_keeps_the_weights_of_the_clients_samples() -> None:
         assert set(found) == {number for number in part.tolist() if number < 10}
 
 
+@pytest.mark.parametrize("replacement", [True, False])
+def test_a_client_whose_samples_have_no_weight_has_no_data(replacement: bool) -> None:
+    weights = torch.where(HALVES[0].new_zeros(100).index_fill(0, HALVES[0][:7], 1) > 0, 1.0, 0.0)
+    sampler = WeightedRandomSampler(weights, 100, replacement)
+    clients = split_loader(DataLoader(BIG, batch_size=5, sampler=sampler), HALVES)
+    assert (clients.num_examples(1), drawn(clients[1])) == (0, [])
+    assert len(drawn(clients[0])) == clients.num_examples(0) == (50 if replacement else 7)
+
+
 @pytest.mark.parametrize(
     ("sampler", "size"),
     [

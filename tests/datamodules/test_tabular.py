@@ -58,6 +58,15 @@ def test_a_column_names_the_clients_and_the_others_become_numbers() -> None:
     assert south[1].tolist() == [int(i > 30) for i in range(0, 60, 5)]
 
 
+def test_clients_with_leading_zeros_are_others() -> None:
+    Path("codes.csv").write_text("a,c,y\n1,007,0\n2,7,1\n3,07,0\n")
+    Path("numbers.csv").write_text("a,c,y\n1,10,0\n2,9,1\n3, 9,0\n")
+    for name, expected in (("codes.csv", ["007", "07", "7"]), ("numbers.csv", [9, 10])):
+        data = TabularDataModule(name, target="y", client="c", test_share=0.0)
+        data.setup()
+        assert data.client_ids == expected
+
+
 def test_means_come_from_the_training_rows_alone() -> None:
     lines = rows(200)
     data = table(lines, test_share=0.5)
@@ -111,7 +120,7 @@ def test_silos_share_a_schema(tmp_path: Path) -> None:
     assert y.tolist() == [0, 0]
     assert x[:, 3:].tolist() == [[1, 0, 0], [0, 0, 1]]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["schema.json", "silo.csv", "visits.csv"]
-    with pytest.raises(ValueError, match="leave out features, drop and task"):
+    with pytest.raises(ValueError, match="Leave out features, drop and task"):
         TabularDataModule("silo.csv", "buys", schema="schema.json", drop=["age"])
 
 
@@ -235,6 +244,21 @@ def test_the_same_module_trains_federated_and_centralised(strategy: str, target:
         assert trainer.callback_metrics["val_acc"] > 0.9
     else:
         assert trainer.callback_metrics["val_mae"] < 0.2 * np.std(np.arange(200)) * 1000
+
+
+def test_a_column_in_other_units_is_told(tmp_path: Path) -> None:
+    TableSchema.from_ranges("ill", {"age": (0.0, 100.0)}, classes=["no", "yes"]).save("schema.json")
+
+    def silo(factor: int) -> TabularDataModule:
+        lines = ["age,ill", *(f"{factor * (20 + age)},{'yes' if age % 2 else 'no'}" for age in range(40))]
+        data = TabularDataModule(write(lines, "silo.csv"), "ill", schema="schema.json")
+        data.setup()
+        return data
+
+    silo(1)
+    silo(2)
+    with pytest.warns(UserWarning, match="'age' of silo.csv has values around 1.442e.04, where the schema expects 50 "):
+        silo(365)
 
 
 def test_values_that_the_schema_does_not_list_are_told(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lightning_fl.coordinator.http_server import HttpServer
 from lightning_fl.coordinator.identity import Authority, Kit, make_request
 from lightning_fl.coordinator.kinds import kind_of
 from lightning_fl.coordinator.machine import Rules
-from lightning_fl.coordinator.silo import NetworkFederation
+from lightning_fl.coordinator.silo import Introduction, NetworkFederation
 from lightning_fl.coordinator.store import Store
 from lightning_fl.engines.tensors import FederatedTensors, load
 from lightning_fl.federation import FederationSettings, RankReport, ServerRound
@@ -383,15 +384,8 @@ class TinySilo:
     def join(self, expected: dict[str, str] | None = None, common: dict[str, str] | None = None) -> TinySilo:
         protections = [] if self.aggregator is None else ["secure aggregation"]
         tensors = FederatedTensors(self.module)
-        self.federation.join(
-            tensors,
-            expected or {},
-            common or {},
-            {},
-            protections,
-            self.aggregator,
-            is_asynchronous=self.is_asynchronous,
-        )
+        own = Introduction(expected or {}, common or {}, {}, protections, self.aggregator)
+        self.federation.join(tensors, replace(own, is_asynchronous=self.is_asynchronous))
         self.federation.folder.restore(self.store)
         return self
 

@@ -43,6 +43,12 @@ def test_the_record_holds_what_callbacks_after_it_measure_of_each_client(every_n
     assert "mean val_loss" in page
 
 
+def test_a_round_has_only_what_it_has_measured() -> None:
+    run = trainer("fedavg", 4, callbacks=[RunRecord("run")], check_val_every_n_epoch=2)
+    run.fit(Measured(), image_clients((4, 8), validate=True))
+    assert Run.read("run").metric("val_loss")[0] == [2, 4]
+
+
 def test_tensorboard_shows_the_settings_among_the_hyper_parameters() -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     metadata = pytest.importorskip("tensorboard.plugins.hparams.metadata")
@@ -57,6 +63,8 @@ def test_tensorboard_shows_the_settings_among_the_hyper_parameters() -> None:
     assert shown["lr"].number_value == 0.25
     assert shown["fl/algorithm.mu"].number_value == 0.01
     assert shown["fl/num_clients"].number_value == 2
+    (outcome,) = {scalar.value for scalar in events.Scalars("hp_metric") if scalar.step}
+    assert outcome == pytest.approx(float(run.callback_metrics["val_loss"]))
     assert "fl/algorithm.mu: 0.01" in Path(logger.log_dir, "hparams.yaml").read_text(encoding="utf-8")
 
 

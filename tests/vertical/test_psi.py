@@ -196,6 +196,11 @@ def test_an_id_that_stands_twice_is_told_to_all() -> None:
     assert "party 1 has 1 ids more than once" in refused([["a"], ["b", "b"]])
 
 
+def test_ids_that_are_no_text_are_told_to_all() -> None:
+    assert "party 0 has 1 ids that are not valid Unicode" in refused([["ok", "\udc80"], ["ok"]])
+    assert "party 1 has 2 ids that are not text" in refused([["1"], [1, 2]])  # type: ignore[list-item]
+
+
 def test_one_party_is_refused() -> None:
     from lightning_fl.communication import LocalGroup
 

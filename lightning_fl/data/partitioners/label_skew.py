@@ -285,7 +285,14 @@ def random_sizes(total: int, num_parts: int, min_size: int, sigma: float, rng: n
     if sigma == 0:
         # Permuted, so that the larger parts of all labels do not go to the same clients.
         return rng.permutation(np.diff(np.arange(num_parts + 1) * total // num_parts))
-    return min_size + apportion(total - min_size * num_parts, np.exp(sigma * rng.standard_normal(num_parts)))
+    return min_size + apportion(total - min_size * num_parts, lognormal(num_parts, sigma, rng))
+
+
+def lognormal(size: int, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """Numbers proportional to log-normal ones, which themselves may overflow, or all be 0."""
+    exponents = min(sigma, 1e300) * rng.standard_normal(size)
+    largest = exponents.max()
+    return np.exp(exponents - largest if abs(largest) > 600 else exponents)
 
 
 def apportion(total: int, weights: np.ndarray) -> np.ndarray:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from lightning_fl.data.partitioners.partitioner import Partitioner
 from lightning_fl.data.targets import Column, column, column_name
-from lightning_fl.types import ClientId
+from lightning_fl.types import ClientId, as_client_id
 
 
 class _NamedClients(Partitioner):
@@ -58,11 +60,22 @@ class NaturalColumn(_NamedClients):
     min_size: int = 1
 
     def _ids(self, dataset: Any) -> Sequence[ClientId]:
-        return np.unique(column(dataset, self.name)).tolist()
+        return np.unique(self._column(dataset)).tolist()
+
+    def _column(self, dataset: Any) -> np.ndarray:
+        values = column(dataset, self.name)
+        kinds = set(map(_kind_of, values)) if values.dtype.kind == "O" else set()
+        if len(kinds) > 1 or kinds & {"NoneType", "float"}:
+            shown = column_name(self.name)
+            raise ValueError(
+                f"{shown[0].upper()}{shown[1:]} names clients by {' and '.join(sorted(kinds))}; expected integers or "
+                "strings alone. Make all of them strings, and give samples without a client one or remove them."
+            )
+        return values
 
     def split(self, dataset: Any, num_clients: int, rng: np.random.Generator) -> Sequence[np.ndarray]:
         """See :meth:`Partitioner.split`."""
-        names, owner, sizes = np.unique(column(dataset, self.name), return_inverse=True, return_counts=True)
+        names, owner, sizes = np.unique(self._column(dataset), return_inverse=True, return_counts=True)
         small = [f"{names[i]!s} ({sizes[i]})" for i in np.flatnonzero(sizes < self.min_size)]
         if small:
             raise ValueError(
@@ -72,11 +85,16 @@ class NaturalColumn(_NamedClients):
         return np.split(np.argsort(owner, kind="stable"), np.cumsum(sizes)[:-1])
 
 
+def _kind_of(value: Any) -> str:
+    return "int" if isinstance(value, Integral) else "str" if isinstance(value, str) else type(value).__name__
+
+
 @dataclass(frozen=True)
 class MappingFile(_NamedClients):
-    """Reads the split from a JSON file ``{"client": [sample, ...], ...}``, in which each sample occurs exactly once.
+    r"""Reads the split from a JSON file ``{"client": [sample, ...], ...}``, in which each sample occurs exactly once.
 
-    :func:`save_mapping` writes such a file from any partition.
+    A name that is a whole number, such as ``"7"``, is that number; the text 7 is written ``"\"7\""``.
+    :func:`save_mapping` writes such a file from any partition, with the same ids.
 
     Args:
         path: The file.
@@ -89,7 +107,7 @@ class MappingFile(_NamedClients):
 
     path: str | Path
 
-    def _read(self) -> dict[str, list[int]]:
+    def _read(self) -> dict[ClientId, list[int]]:
         try:
             mapping = json.loads(
                 Path(self.path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeated_clients
@@ -102,7 +120,12 @@ class MappingFile(_NamedClients):
             raise ValueError(
                 f'{self.path} is not a mapping file: expected {{"client": [sample, ...], ...}} with integers from 0.'
             )
-        return mapping
+        found = {_id_of(name): samples for name, samples in mapping.items()}
+        if len(found) < len(mapping):
+            raise ValueError(
+                f"{self.path} has a client twice, once in quotes of its own; join its samples in one list."
+            )
+        return found
 
     def _ids(self, dataset: Any) -> Sequence[ClientId]:
         return list(self._read())
@@ -127,8 +150,24 @@ def save_mapping(path: str | Path, parts: Sequence[torch.Tensor] | Mapping[Clien
     """
     named = parts if isinstance(parts, Mapping) else dict(enumerate(parts))
     partial = Path(f"{path}.part")
-    partial.write_text(json.dumps({str(client): part.tolist() for client, part in named.items()}), encoding="utf-8")
+    partial.write_text(
+        json.dumps({_name_of(as_client_id(client)): part.tolist() for client, part in named.items()}), encoding="utf-8"
+    )
     partial.replace(path)
+
+
+def _name_of(client: ClientId) -> str:
+    """The key of a client, from which its id comes back with its type; JSON has keys of text only."""
+    return client if isinstance(client, str) and _id_of(client) == client else json.dumps(client)
+
+
+def _id_of(name: str) -> ClientId:
+    if name.startswith('"') and name.endswith('"'):
+        try:
+            return str(json.loads(name))
+        except json.JSONDecodeError:
+            return name
+    return int(name) if re.fullmatch(r"0|-?[1-9]\d*", name, re.ASCII) else name
 
 
 def _refuse_repeated_clients(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

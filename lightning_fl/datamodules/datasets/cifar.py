@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import tarfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -123,14 +125,17 @@ def _members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The contents of some files in an archive, by file name without folders; nothing is unpacked to disk."""
     contents: dict[str, bytes] = {}
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with gzip.open(archive) as unzipped, tarfile.open(fileobj=unzipped, mode="r|") as tar:
             for member in tar:
                 name = member.name.rpartition("/")[2]
                 # Not unpacked to disk: a path in an archive may point outside of the folder.
                 stream = tar.extractfile(member) if member.isfile() and name in names else None
                 if stream is not None:
                     contents[name] = stream.read()
-    except (tarfile.TarError, OSError, EOFError) as error:
+            # `tarfile` stops before the checksum, which gzip compares at the end of the file.
+            while unzipped.read(1 << 20):
+                pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{archive} is corrupt or truncated ({error}). Delete it and download it again.") from error
     missing = [name for name in names if name not in contents]
     if missing:

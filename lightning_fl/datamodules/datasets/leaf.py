@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ class LEAFDataModule(NaturalDataModule):
             samples = samples.reshape(len(x), *self.shape)
         if not samples.isfinite().all():
             raise ValueError("x has NaN or infinite values")
-        labels = torch.from_numpy(np.asarray(y, dtype=np.int64))
+        given = np.asarray(y, dtype=np.float64)
+        if (given % 1 != 0).any():
+            raise ValueError(f"labels such as {given[given % 1 != 0][0]:g} are not whole numbers")
+        labels = torch.from_numpy(given.astype(np.int64))
         if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
             raise ValueError(
                 f"labels range from {int(labels.min())} to {int(labels.max())}, expected 0 to {self.num_classes - 1}"
@@ -95,6 +99,8 @@ class LEAFDataModule(NaturalDataModule):
         try:
             content = json.loads(file.read_bytes())
             users, counts, data = content["users"], content["num_samples"], content["user_data"]
+            if not (isinstance(users, list) and isinstance(counts, list) and isinstance(data, dict)):
+                raise TypeError("users and num_samples must be lists and user_data a mapping")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file} is not a LEAF file or is truncated ({error!r}); expected users, num_samples and user_data. "
@@ -105,10 +111,12 @@ class LEAFDataModule(NaturalDataModule):
                 f"{file} has {len(users)} users and {len(counts)} entries of num_samples, expected one for each user. "
                 f"{_REMEDY}"
             )
+        repeated = [user for user, times in Counter(map(str, users)).items() if times > 1]
+        if repeated:
+            raise ValueError(f"{file} names user {repeated[0]!r} twice. {_REMEDY}")
         found = {}
         for user, count in zip(users, counts, strict=True):
-            user_data = data.get(user, {})
-            x, y = user_data.get("x", ()), user_data.get("y", ())
+            x, y = _samples_of(data, user)
             if not len(x) == len(y) == count or count == 0:
                 raise ValueError(
                     f"User {user!r} of {file} has {len(x)} samples and {len(y)} labels, expected num_samples={count} "
@@ -119,6 +127,13 @@ class LEAFDataModule(NaturalDataModule):
             except (ValueError, RuntimeError, TypeError) as error:
                 raise ValueError(f"The samples of user {user!r} in {file} can't be read: {error}. {_REMEDY}") from error
         return found
+
+
+def _samples_of(data: dict[str, Any], user: Any) -> tuple[Sequence[Any], Sequence[Any]]:
+    """A user's ``x`` and ``y``; empty where the file has no lists of them."""
+    own = data.get(user) if isinstance(user, str) else None
+    x, y = (own.get(key) if isinstance(own, dict) else None for key in ("x", "y"))
+    return x if isinstance(x, list) else (), y if isinstance(y, list) else ()
 
 
 class FEMNISTDataModule(LEAFDataModule):

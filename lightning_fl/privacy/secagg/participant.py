@@ -98,19 +98,6 @@ class Participant(Secret):
         if len(set(keys)) != len(keys):
             raise ProtocolError("Two participants have the same key.")
 
-    def pair_key(self, key: AgreementKey, other: bytes, label: str, first: int, second: int, context: bytes) -> bytes:
-        """Returns the key that two participants derive for one purpose.
-
-        Args:
-            key: This participant's agreement key.
-            other: The other's public key.
-            label: The purpose.
-            first: Number of the pair's first participant: the smaller for masks, the sender for a channel.
-            second: Number of the other.
-            context: From :func:`context_of`.
-        """
-        return pair_key(key, other, label, first, second, self.params.session, context)
-
 
 def pair_key(
     key: AgreementKey, other: bytes, label: str, first: int, second: int, session: bytes, context: bytes

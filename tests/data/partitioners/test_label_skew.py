@@ -75,3 +75,9 @@ def test_labels_that_do_not_fit_are_refused(num_labels: int, num_clients: int) -
 def test_too_few_samples_of_a_label_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Label \d has 5 samples, but its 6 clients need min_per_label=1 each"):
         LabelsPerClient(2)(labelled(5), 30)
+
+
+def test_sizes_that_overflow_still_divide_all_samples() -> None:
+    for seed in range(5):
+        parts = LabelsPerClient(2, sigma=1000.0)(labelled(50), 10, seed=seed)
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(500))

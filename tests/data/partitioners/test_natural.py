@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -35,6 +36,13 @@ def test_a_column_names_the_clients() -> None:
     assert clients.num_examples("bob") == 2
 
 
+@pytest.mark.parametrize("names", [["ann", None, "bob", "ann"], ["a", 1, "a", "b"]])
+def test_clients_of_several_kinds_are_refused(names: list) -> None:
+    for column in (names, np.array(names, dtype=object)):
+        with pytest.raises(ValueError, match=r"names clients by \w+ and str; expected integers or strings alone"):
+            NaturalColumn(column)(Letters())
+
+
 def test_a_number_of_clients_that_the_column_contradicts_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_clients=2 does not fit NaturalColumn.*names 3 clients"):
         NaturalColumn("writer")(Letters(), 2)
@@ -58,6 +66,15 @@ def test_a_saved_partition_comes_back(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["clients.json", "named.json"]
 
 
+def test_ids_come_back_with_their_types(tmp_path: Path) -> None:
+    ids = [1, "1", "01", -3, '"1"', "x", '"', "\u0661", "1.0", "null"]
+    save_mapping(tmp_path / "clients.json", {client: torch.tensor([place]) for place, client in enumerate(ids)})
+    found = MappingFile(tmp_path / "clients.json").client_ids(range(len(ids)))
+    assert list(zip(map(type, found), found, strict=True)) == list(zip(map(type, ids), ids, strict=True))
+    save_mapping(tmp_path / "parts.json", IID()(range(6), 3))
+    assert MappingFile(tmp_path / "parts.json").client_ids(range(6)) == list(IID().client_ids(range(6), 3))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -66,6 +83,7 @@ def test_a_saved_partition_comes_back(tmp_path: Path) -> None:
         ('{"a": [0, 1], "b": [2, 7]}', "has samples beyond the 3: 7"),
         ('{"a": [0, 1, 2], "b": []}', "has clients without samples: b"),
         ('{"a": [0], "a": [1, 2]}', "has client 'a' twice"),
+        ('{"a": [0], "\\"a\\"": [1, 2]}', "has a client twice"),
         ('{"a": [0, 1', "is not a JSON file"),
         ("[[0], [1, 2]]", "is not a mapping file"),
         ('{"a": [0, 1.5, 2]}', "is not a mapping file"),

@@ -62,6 +62,15 @@ def test_an_archive_cut_short_is_refused(tmp_path: Path) -> None:
         CIFAR10DataModule(tmp_path).setup("fit")
 
 
+@pytest.mark.parametrize("place", [-6, 0.5])
+def test_an_archive_with_a_flipped_byte_is_refused(tmp_path: Path, place: float) -> None:
+    whole = bytearray(cifar_archive("cifar-10-batches-bin", ten()))
+    whole[place if place < 0 else int(place * len(whole))] ^= 1  # type: ignore[index]
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(whole)
+    with pytest.raises(ValueError, match=r"cifar-10-binary.tar.gz is corrupt or truncated"):
+        CIFAR10DataModule(tmp_path).setup("fit")
+
+
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
     files = {name: content for name, content in ten().items() if name != "data_batch_3.bin"}
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(cifar_archive("cifar-10-batches-bin", files))

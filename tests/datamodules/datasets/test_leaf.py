@@ -81,6 +81,11 @@ def test_leaf_shakespeare_gives_characters(tmp_path: Path) -> None:
         ({"ann": ([[float("nan")]], [0])}, {}, "x has NaN or infinite values"),
         ({"ann": ([[1.0], [1.0, 2.0]], [0, 1])}, {}, "samples of user 'ann' in .* can't be read"),
         ({"ann": ([["text"]], [0])}, {}, "samples of user 'ann' in .* can't be read"),
+        ({"ann": ([[1.0], [2.0]], [0, 1.7])}, {}, "labels such as 1.7 are not whole numbers"),
+        ({"ann": ([[1.0]], [0])}, {"users": ["ann", "ann"], "num_samples": [1, 1]}, "names user 'ann' twice"),
+        ({"ann": ([[1.0]], [0])}, {"user_data": [1]}, "is not a LEAF file"),
+        ({"ann": ([[1.0]], [0])}, {"user_data": {"ann": None}}, "'ann' of .* has 0 samples"),
+        ({"ann": ([[1.0]], [0])}, {"users": 3}, "is not a LEAF file"),
         ({"ann": ([[1.0]], [0])}, {"num_samples": None}, "is not a LEAF file or is truncated .KeyError"),
     ],
 )

@@ -139,6 +139,13 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, values: np.ndarray, 
         MNISTDataModule(tmp_path).setup("fit")
 
 
+def test_test_images_of_another_size_are_refused(tmp_path: Path) -> None:
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(np.zeros((20, 6, 6)))))
+    with pytest.raises(ValueError, match=r"shape \[1, 28, 28\] and the test images \[1, 6, 6\]"):
+        MNISTDataModule(tmp_path).setup("fit")
+
+
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
 def test_the_real_fashion_mnist_splits_among_ten_thousand_clients() -> None:
     data = FashionMNISTDataModule(batch_size=10)

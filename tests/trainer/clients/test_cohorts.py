@@ -144,7 +144,12 @@ def test_clients_without_data_may_be_a_whole_cohort() -> None:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "poisson": {"cohort": Poisson(0.2), "local_epochs": Between(1, 3)},
-    "weighted, partial": {"cohort": Weighted(), "clients_per_round": 2, "stragglers": Stragglers(0.5)},
+    "weighted, partial": {
+        "cohort": Weighted(),
+        "clients_per_round": 2,
+        "stragglers": Stragglers(0.5),
+        "weighting": "uniform",
+    },
     "turns, dropped": {
         "algorithm": "scaffold",
         "cohort": RoundRobin(),
@@ -259,7 +264,10 @@ def test_a_cohort_is_secure_if_it_or_a_transform_says_so(options: dict[str, Any]
             {"cohort": {"class_path": "lightning_fl.clients.RoundRobin"}, "clients_per_round": 5},
             {"cohort": RoundRobin()},
         ),
-        ({"cohort": {"class_path": "Weighted"}, "clients_per_round": 5}, {"cohort": Weighted()}),
+        (
+            {"cohort": {"class_path": "Weighted"}, "clients_per_round": 5, "weighting": "uniform"},
+            {"cohort": Weighted()},
+        ),
         (
             {
                 "cohort": {"class_path": "Weighted", "init_args": {"weights": {0: 1.5, "b": 2}}},
@@ -310,6 +318,13 @@ def test_yaml(given: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_what_cannot_be_right_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FederatedStrategy(**options)
+
+
+def test_examples_that_count_twice_cause_a_warning() -> None:
+    with pytest.warns(UserWarning, match="by its square"):
+        FederatedStrategy(cohort=Weighted(), clients_per_round=2)
+    FederatedStrategy(cohort=Weighted({0: 1.0}), clients_per_round=1)
+    FederatedStrategy(cohort=Weighted(), clients_per_round=2, weighting="uniform")
 
 
 def test_what_does_not_fit_the_clients_is_refused_before_training() -> None:

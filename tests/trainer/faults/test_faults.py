@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
+from lightning_fl.communication import RankLost
 from tests.helpers.distributed import run_script
 from tests.helpers.training import Plain, image_clients, loader, trainer, weights
 
@@ -122,11 +124,24 @@ def lose_rank_1(gave_up: Path) -> tuple[str, float]:
     return "no error", 0.0
 
 
+class LosesARank(L.Callback):
+    """As when a rank dies in validation."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            raise RankLost("Silo south has left.")
+
+
+def test_a_rank_that_is_lost_outside_a_round() -> None:
+    with pytest.raises(RankLost, match=r"^After round 1: Silo south has left\. Start all ranks .* `--ckpt_path last`"):
+        trainer("fedavg", 3, callbacks=[LosesARank()]).fit(Plain(), image_clients((8, 8)))
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(run_ranks: Any, tmp_path: Path) -> None:
     message, seconds = run_ranks(2, lose_rank_1, tmp_path / "gave_up")[0]
     assert message.startswith("RankLost: Round 1: Rank 1 has left the federation, or has not come")
-    assert "ckpt_path='last'" in message
+    assert "`--ckpt_path last`" in message
     assert seconds < 3 * TIMEOUT
 
 
@@ -247,7 +262,7 @@ def test_when_a_silo_dies_the_others_end_and_say_what_to_do(tmp_path: Path) -> N
     assert "SIGKILL" in dead.stderr
     assert survivor.returncode == 1
     assert "RankLost: Round 2: Silo south has left the federation" in survivor.stderr
-    assert "ckpt_path='last'" in survivor.stderr
+    assert "`--ckpt_path last`" in survivor.stderr
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 1
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, OneCycleLR, StepLR
@@ -82,6 +83,75 @@ def test_equals_a_plain_trainer_with(options: dict[str, Any]) -> None:
     federated = fit(one_client(), fl.datamodules.ClientLoaders([loader()]), Plain(make_optimizer=make), **options)
     plain = fit("auto", loader(), Plain(make_optimizer=make), **options)
     torch.testing.assert_close(federated, plain, rtol=1e-10, atol=1e-12)
+
+
+class ChangesState(Plain):
+    """Changes the optimizer's state between epochs, in one of the ways that users do."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(make_optimizer=partial(SGD, lr=0.1, momentum=0.9))
+        self.how = how
+
+    def _change(self, hook: str) -> None:
+        optimizer = self.trainer.optimizers[0]
+        if self.how == f"clear, {hook}":
+            optimizer.state.clear()
+        elif self.how == f"zero, {hook}":
+            for state in optimizer.state.values():
+                state["momentum_buffer"].zero_()
+        elif self.how == f"load, {hook}":
+            optimizer.load_state_dict({"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    def on_train_epoch_start(self) -> None:
+        self._change("start")
+
+    def on_train_epoch_end(self) -> None:
+        self._change("end")
+
+
+@pytest.mark.parametrize("how", ["clear, end", "clear, start", "zero, end", "zero, start", "load, end"])
+def test_hooks_change_the_optimizers_state_as_in_a_plain_trainer(how: str) -> None:
+    federated = fit(one_client(), fl.datamodules.ClientLoaders([loader()]), ChangesState(how))
+    plain = fit("auto", loader(), ChangesState(how))
+    torch.testing.assert_close(federated, plain, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(plain, fit("auto", loader(), ChangesState("")), rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+@pytest.mark.parametrize("how", ["", "zero, start"])
+def test_the_optimizers_state_is_resumed_before_the_hooks_see_it(how: str) -> None:
+    def run(rounds: int, folder: str, path: str | None = None) -> tuple[Any, Any]:
+        saves, module = ModelCheckpoint(folder, save_last=True), ChangesState(how)
+        fit = trainer(one_client(), rounds, callbacks=[saves], enable_checkpointing=True)
+        fit.fit(module, fl.datamodules.ClientLoaders([loader()]), ckpt_path=path)
+        return fit, module
+
+    _, whole = run(3, "whole")
+    first, _ = run(1, "saved")
+    first.save_checkpoint("after.ckpt")
+    for number, path in enumerate(("saved/last.ckpt", "after.ckpt")):
+        _, resumed = run(3, f"resumed{number}", path)
+        torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
+        # The client's state holds it, and no other client may start from it.
+        assert not torch.load(path, weights_only=True)["optimizer_states"][0]["state"]
+
+
+def test_changes_that_reach_no_client_are_warned_of() -> None:
+    class Steps(ChangesState):
+        def on_train_epoch_end(self) -> None:
+            self.training_step(next(iter(loader())), 0).backward()
+            self.trainer.optimizers[0].step()
+
+    class Clears(fl.callbacks.FederatedCallback):
+        def on_client_start(self, trainer: Any, module: Any, client: Any, view: Any) -> None:
+            trainer.optimizers[0].state.clear()
+
+    clients = fl.datamodules.ClientLoaders([loader(), loader()])
+    with pytest.warns(UserWarning, match="was changed before round 1, which has no effect"):
+        fit(one_client(), clients, Steps(""))
+    cleared = fit(one_client(), clients, ChangesState(""), callbacks=[Clears()])  # what the warning advises
+    fresh = fit("fedavg", clients, ChangesState(""))
+    torch.testing.assert_close(cleared, fresh, rtol=1e-10, atol=1e-12)
 
 
 def test_two_local_epochs_are_two_epochs_even_with_accumulation() -> None:
