@@ -896,7 +896,10 @@ class RoundDriver:
     def publish(self, entries: Entries) -> None:
         """Writes joined values into Lightning's results, also on ranks that have not logged them."""
         results = internals.train_results(self.trainer)
-        self._placeholders += publish(entries, results, self.module, self.module.device)
+        # A single client's last step is the last one, as in a plain Trainer; of several, callbacks on all ranks monitor
+        # the same value.
+        of_step = not self._is_alone
+        self._placeholders += publish(entries, results, self.module, self.module.device, of_step)
 
     def interrupt(self) -> None:
         """Called when an exception ends the fit: rolls the round back."""

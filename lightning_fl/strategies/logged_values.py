@@ -127,8 +127,17 @@ def hide_unmerged(results: ResultCollection, merged: Entries) -> None:
             result.has_reset = True
 
 
-def publish(entries: Entries, results: ResultCollection, module: nn.Module, device: torch.device) -> list[str]:
+def publish(
+    entries: Entries, results: ResultCollection, module: nn.Module, device: torch.device, of_step: bool = True
+) -> list[str]:
     """Writes joined values into the result collection, where Lightning reads them.
+
+    Args:
+        entries: The joined values.
+        results: The collection.
+        module: Holds the torchmetrics.
+        device: The device of values that this rank has not logged.
+        of_step: Whether values by step become the joined ones too; else they stay those of the last batch.
 
     Returns:
         Keys that this rank had not logged itself; they are to be removed before it logs again.
@@ -141,7 +150,7 @@ def publish(entries: Entries, results: ResultCollection, module: nn.Module, devi
             added.append(key)
         result = results[key]
         if not entry["is_tensor"]:
-            logged.show_metric(result, module.get_submodule(entry["metric_attribute"]))
+            logged.show_metric(result, module.get_submodule(entry["metric_attribute"]), of_step)
             continue
-        logged.show(result, value_of(entry), entry["dtype"])
+        logged.show(result, value_of(entry), entry["dtype"], of_step)
     return added

@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning_fl.clients.local_work import BatchPosition
 from lightning_fl.engines.optimizer_states import schedules_ahead_of_optimizers
 from lightning_fl.strategies.internals import consulting
-from lightning_fl.strategies.results import ClientResults
+from lightning_fl.strategies.results import ClientResults, showing_last_batch
 
 OUTSIDE_CLIENTS = BatchPosition(0)
 """The position while no client trains: a window of its own, so that nothing waits for more batches."""
@@ -199,7 +199,9 @@ class RoundEpochLoop(_TrainingEpochLoop):
         self.batch = self.outputs = None
         trainer._logger_connector.on_batch_end()
         self.batch_progress.increment_completed()
-        trainer._logger_connector.update_train_step_metrics()
+        # After the round has been closed callbacks see the cohort's values; the loggers get those of the batch.
+        with showing_last_batch(self._results):
+            trainer._logger_connector.update_train_step_metrics()
         self._end_iteration()
 
     def skip_batch(self) -> None:
@@ -222,7 +224,9 @@ class RoundEpochLoop(_TrainingEpochLoop):
                 callback.on_train_batch_end(trainer, module, None, None, self.batch_idx_in_round)
         trainer._logger_connector.on_batch_end()
         self.batch_progress.increment_completed()
-        trainer._logger_connector.update_train_step_metrics()
+        # After the round has been closed callbacks see the cohort's values; the loggers get those of the batch.
+        with showing_last_batch(self._results):
+            trainer._logger_connector.update_train_step_metrics()
 
     # ---- the same without the hooks, for the tight loop
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,25 +95,48 @@ def empty(result: _ResultMetric) -> None:
     result._computed = None
 
 
-def show(result: _ResultMetric, value: float, dtype: str) -> None:
-    """Sets the value that Lightning reads for the epoch and for the step, in the dtype in which it was logged."""
+def show(result: _ResultMetric, value: float, dtype: str, of_step: bool) -> None:
+    """Sets the value that Lightning reads for the epoch, and for the step too, in the dtype in which it was logged."""
     result.has_reset = False
     # Shown as the cached result, which Lightning reads without computing it from this rank's own sum.
     joined = torch.tensor(value, dtype=DTYPES[dtype], device=result.value.device)
-    if result.meta.on_step:
-        result._forward_cache = joined
+    if of_step:
+        _show_step(result, joined)
     if result.meta.on_epoch:
         result._computed = joined  # type: ignore[assignment]
 
 
-def show_metric(result: _ResultMetric, metric: Any) -> None:
-    """Lets Lightning read the value of epoch and step from a torchmetric, also if one of an earlier epoch is cached."""
+def show_metric(result: _ResultMetric, metric: Any, of_step: bool) -> None:
+    """Lets Lightning read the value of the epoch, and of the step too, from a torchmetric.
+
+    An earlier epoch's value may be cached.
+    """
     result.has_reset = False
     result.value = metric
     result._computed = None
     # The value of this rank's last batch would depend on which clients it has trained.
-    if result.meta.on_step and metric.update_count:
-        result._forward_cache = metric.compute()
+    if of_step and result.meta.on_step and metric.update_count:
+        _show_step(result, metric.compute())
+
+
+def _show_step(result: _ResultMetric, joined: torch.Tensor) -> None:
+    """Sets the value of the step that callbacks monitor, and keeps that of this rank's last batch for the loggers."""
+    if result.meta.on_step:
+        vars(result)["_of_last_batch"] = result._forward_cache
+        result._forward_cache = joined
+
+
+@contextmanager
+def showing_last_batch(results: _ResultCollection) -> Iterator[None]:
+    """A block in which values by step are those of this rank's last batch again, not those of the round."""
+    joined = [(result, result._forward_cache) for result in results.values() if "_of_last_batch" in vars(result)]
+    for result, _ in joined:
+        result._forward_cache = vars(result).pop("_of_last_batch")
+    try:
+        yield
+    finally:
+        for result, value in joined:
+            result._forward_cache = value
 
 
 def takes_batch_idx(module: LightningModule) -> bool:

@@ -14,7 +14,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
-from tests.helpers.training import Ordinary, image_clients, loader, trainer, weights
+from lightning_fl.datamodules import ClientLoaders
+from tests.helpers.training import Ordinary, Plain, image_clients, loader, measured, trainer, weights
 
 CLIENT = fl.datamodules.ClientLoaders([loader()]), loader(8, seed=9)
 LOGGED = ("val_loss", "val_acc", "train_acc", "loss_epoch")
@@ -46,6 +47,43 @@ def test_csv_rows_of_one_client_are_those_of_a_plain_trainer() -> None:
     assert len(found) == 4
     for row, plain in zip(found, expected, strict=True):
         assert row == pytest.approx(plain, rel=1e-6)
+
+
+class ByStep(Plain):
+    """Logs the same by step alone, and by step and epoch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.log("by_step", loss)
+        self.log("forked", loss, on_step=True, on_epoch=True)
+        return loss
+
+
+class Hooked(ByStep):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None: ...
+
+
+def points(strategy: Any, module: Plain, data: Any, folder: str) -> tuple[list[tuple[str, ...]], dict[str, float]]:
+    run = trainer(strategy, 2, log_every_n_steps=1, logger=CSVLogger(folder))
+    run.fit(module, data)
+    with next(Path(folder).rglob("metrics.csv")).open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["by_step"]]
+    assert all(row["by_step"] == row["forked_step"] for row in rows)
+    return [(row["step"], row["by_step"]) for row in rows], measured(run)
+
+
+@pytest.mark.parametrize("module", [ByStep, Hooked])
+def test_the_curve_by_step_is_that_of_the_batches(module: type[Plain]) -> None:
+    found, metrics = points(FederatedStrategy(client_optimizer="keep"), module(), ClientLoaders([loader()]), "one")
+    expected, plain = points("auto", module(), loader(), "plain")
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    assert [float(value) for _, value in found] == pytest.approx([float(value) for _, value in expected], rel=1e-6)
+    assert {name: metrics[name] for name in plain} == pytest.approx(plain, rel=1e-6)
+    clients = ClientLoaders([loader(), loader()])
+    both, of_both = points(FederatedStrategy("fedavg", engine="sequential"), module(), clients, "two")
+    first = [float(value) for _, value in expected[: len(expected) // 2]]
+    assert [float(value) for _, value in both[: 2 * len(first)]] == pytest.approx(2 * first, rel=1e-6)
+    assert of_both["by_step"] == of_both["forked"]  # what callbacks monitor is the cohort's mean, on every rank
 
 
 def log_on_ranks(directory: str) -> list[bool]:
