@@ -440,8 +440,6 @@ class RoundDriver:
         self._take_optimizers()
         if self._shows_kept:
             take_changes(self._active_trainer.optimizers, self.store, self.population.ids[0])
-        elif not self._active_trainer.optimizers.are_fresh:
-            self.warnings.optimizer_state(index)
         loop.is_round_done = False
         if not averages_models(trainer):  # which may put the mean of the rounds' models in at the epoch's start
             self.check_released("at the epoch's start")
@@ -459,6 +457,8 @@ class RoundDriver:
             [schedule for _, schedule in schedules],
             self._session,
         )
+        if not self._shows_kept and not round.trainer.optimizers.are_fresh:
+            self.warnings.optimizer_state(index)
         # Privacy budget that the transforms have spent stays spent, even if the round fails.
         self.state = replace(self.state, transforms=round.state.transforms)
         results = internals.train_results(trainer)
