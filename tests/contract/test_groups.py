@@ -398,7 +398,7 @@ def test_a_message_over_the_limit_is_refused_on_every_rank(entry: Entry, monkeyp
     def gather(group: Group) -> None:
         message = Message({"text": "x" * (500 if group.rank == 1 else 5)})
         if group_module.MAX_MESSAGE_BYTES == 400:
-            with pytest.raises(ValueError, match=r"Rank 1 wants to send a message of \d+ bytes; at most 400 are allowed"):
+            with pytest.raises(ValueError, match=r"Rank 1 wants to send a message of \d+ bytes; at most 400 are"):
                 group.all_gather(message)
         else:
             assert len(group.all_gather(message)) == 2
