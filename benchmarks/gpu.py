@@ -6,10 +6,10 @@
 One line a workload and engine, as a Markdown table: milliseconds of a round beside those of the plain loop on the same
 GPU, of the first round, the share of a round's time in which a kernel ran, the peak of the GPU's memory, how many steps
 were replays of CUDA graphs, and in how many launches. `captured` is the vectorized engine with `capture_steps=True`, an
-empty line where it can't train a workload; `pfl` are the rounds of pfl-research, where it is installed (`pip install
-pfl`). It fails if the final weights differ from the plain loop's by more than 1e-5; those of W2 and CIFAR, where a
-rounding grows within a round, are compared in float64. ``--workloads W1 W3`` measures some, and
-``--device cpu --rounds 2 --per-round 4`` tries the script where no GPU is.
+empty line where it can't train a workload, and `captured alone` the same for clients one after the other; `pfl` are the
+rounds of pfl-research, where it is installed (`pip install pfl`). It fails if the final weights differ from the plain
+loop's by more than 1e-5; those of W2 and CIFAR, where a rounding grows within a round, are compared in float64.
+``--workloads W1 W3`` measures some, and ``--device cpu --rounds 2 --per-round 4`` tries the script where no GPU is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from simulation import TOLERANCE, make_parser, run
 from torch.profiler import ProfilerActivity, profile
 from workloads import WORKLOADS, make_data, prepare_process
 
-ENGINES = ("auto", "captured", "sequential")
+ENGINES = ("auto", "captured", "sequential", "captured alone")
 COLUMNS = (
     "workload",
     "engine",
@@ -69,8 +69,10 @@ class Busy(L.Callback):
 
 def measure(workload: str, engine: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one workload."""
-    is_chaotic, is_captured = workload in CHAOTIC, engine == "captured"
+    is_chaotic, is_captured = workload in CHAOTIC, engine.startswith("captured")
     own = {**vars(options), "workload": workload, "engine": "auto" if is_captured else engine, "capture": is_captured}
+    if engine == "captured alone":
+        own["clients_per_step"] = 1
     busy = Busy()
     result = run(argparse.Namespace(**{**own, "check": not is_chaotic}), (busy,))
     if is_chaotic:
@@ -113,7 +115,7 @@ def main() -> None:
             try:
                 result = measure(workload, engine, options)
             except MisconfigurationException:  # it can't train several clients in one step
-                if engine != "captured":
+                if not engine.startswith("captured"):
                     raise
                 result = {"workload": workload, "engine": engine}
             if is_first:

@@ -84,6 +84,7 @@ class ClientGroup:
         probe: What the algorithm's ``probe`` has measured; only for a client alone.
         version: The round with whose first model the clients start. None: the present one.
         number: How many other visits of these clients in the round come before.
+        stacked: Whether the tensors of a client alone are stacked too.
 
     Raises:
         NotStackable: If the contexts that the algorithm returns for the clients can't be stacked.
@@ -98,6 +99,7 @@ class ClientGroup:
         probe: Any = None,
         version: int | None = None,
         number: int = 0,
+        stacked: bool = False,
     ) -> None:
         self.settings = settings
         self.version = version
@@ -119,7 +121,8 @@ class ClientGroup:
         self._algorithm_states = states
         self._stacked: Any = self._contexts[0]
         self._dims: Any = None
-        if len(clients) > 1:
+        self._is_stacked = stacked or len(clients) > 1
+        if self._is_stacked:
             self._stacked, self._dims = stack(self._contexts)
         self._selected = self._stacked
         self._mask = tuple(range(len(clients)))
@@ -167,8 +170,7 @@ class ClientGroup:
             return None
         if self.algorithm.needs_gradient_at:
             transform = _with_entry(transform, "gradient_at", gradient_at)
-        several = len(self.clients) > 1
-        run = vmap(transform, in_dims=(0, 0, self._dims)) if several else transform
+        run = vmap(transform, in_dims=(0, 0, self._dims)) if self._is_stacked else transform
         fits = _with_zeros if self.algorithm.adds_to_gradients else _with_gradients
         reads_more = self.algorithm.needs_gradient_at
         return GroupTransform(self, lambda grads, params, ctx: run(*fits(grads, params), ctx), reads_more)

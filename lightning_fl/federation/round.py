@@ -29,6 +29,7 @@ from lightning_fl.federation.client_batches import ClientBatches
 from lightning_fl.federation.client_group import ClientGroup, GroupUpdate
 from lightning_fl.federation.client_task import ClientTask
 from lightning_fl.federation.federation import Federation
+from lightning_fl.federation.group_data import StackedData
 from lightning_fl.federation.report import RankReport
 from lightning_fl.federation.server import Closing, ServerRound, contexts_of, continued, update_templates
 from lightning_fl.federation.settings import FederationSettings, FederationState, Version
@@ -331,7 +332,8 @@ class Round:
                 found.append(self.trainer.within.mean_of(probe(own, data.read_once(), self.trainer.tensors.params)))
             measured = torch.stack(found) if kind == "losses" else found[0]
             seed()  # training draws the same random numbers as without a probe
-        group = ClientGroup(self.settings, server, data.clients, states, measured, version, number)
+        stacked = isinstance(data, StackedData)
+        group = ClientGroup(self.settings, server, data.clients, states, measured, version, number, stacked)
         phases = self.settings.algorithm.phases()
         # Task and batches need each other: a change of phase while reading acts on the task.
         task = ClientTask(group, iter(()), phases, data.sizes, data.loader)

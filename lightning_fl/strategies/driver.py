@@ -359,7 +359,7 @@ class RoundDriver:
                 self._leave_out(opened, failed)
                 continue
             except Exception as error:
-                if len(task.clients) > 1:
+                if self._trains_as_group(task.clients):
                     self._undo(opened, task, error)
                 elif isinstance(error, BatchOfOne):
                     self._leave_out(opened, LoaderFailed(task.clients[0], error))
@@ -377,9 +377,12 @@ class RoundDriver:
             steps.end_round()
         loop.position = OUTSIDE_CLIENTS
 
+    def _trains_as_group(self, clients: Sequence[ClientId]) -> bool:
+        return len(clients) > 1 or (self.vectorized is not None and self.vectorized.engine.stacks_one)
+
     def _train(self, opened: OpenRound, task: ClientTask) -> None:
         """Trains a client group on its batches."""
-        steps, is_group = opened.steps, len(task.clients) > 1
+        steps, is_group = opened.steps, self._trains_as_group(task.clients)
         if is_group:
             opened.num_batches_before = opened.num_batches_done
             steps.hold()
@@ -405,7 +408,8 @@ class RoundDriver:
         Raises:
             Exception: If the user has requested that they train together: the error.
         """
-        vectorized, is_too_large = self._active_vectorized, isinstance(error, torch.OutOfMemoryError)
+        vectorized = self._active_vectorized
+        is_too_large = isinstance(error, torch.OutOfMemoryError) and len(task.clients) > 1
         if vectorized.is_asked_for and not is_too_large:
             raise vectorized.error_of(error) from error
         opened.round.leave()
@@ -570,7 +574,7 @@ class RoundDriver:
                 f"The Trainer's optimizers were replaced inside round {self.plan.round}, so that clients would train "
                 "differently. Replace them between rounds, as in on_train_epoch_start."
             )
-        if len(group.clients) > 1:
+        if self._trains_as_group(group.clients):
             return self._start_group(opened, group)
         (client,) = group.clients
         works = self.planner.phases(self.plan.works[client])
@@ -601,7 +605,7 @@ class RoundDriver:
             opened.round.leave()
             vectorized.undo_reading()
             vectorized.leave()
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) and len(group.clients) > 1:
                 raise GroupSplit(vectorized.halve(group.clients)) from error
             raise
         return task
@@ -634,6 +638,8 @@ class RoundDriver:
             # loaded.
             _ = data.first
         except NotStackable as error:
+            if len(clients) == 1:
+                raise
             parts = [[client] for client in clients]
             vectorized.grouping.remember(data.works, parts)
             vectorized.tell_of_split(parts)
@@ -662,7 +668,7 @@ class RoundDriver:
         outcome = opened.round.finish(task)
         opened.has_trained = True
         self.trained_groups.append(clients)
-        if len(clients) > 1:
+        if self._trains_as_group(clients):
             logged = session.finish(outcome.accepted, self._active_vectorized.restrict_to)
             self._active_vectorized.leave()
             # The loggers' x-axis advances as if the clients had trained one after the other.

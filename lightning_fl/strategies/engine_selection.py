@@ -48,5 +48,6 @@ def select_engine(
         return engine, None
     if settings.capture_steps:
         engine.replays = StepReplays(engine, vectorized)
+        engine.stacks_one = settings.stacks_one
     internals.clip_norms_with(strategy.precision_plugin, vectorized.clip_norms)
     return engine, vectorized

@@ -57,7 +57,8 @@ def test_every_algorithm(name: str, engine: str) -> None:
 @pytest.mark.parametrize(
     ("name", "make"), [("fedavg", None), ("fedavg", Ordinary), ("fedprox", None), ("scaffold", None)]
 )
-def test_captured_steps(name: str, make: Any, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("clients_per_step", [None, 1])
+def test_captured_steps(name: str, make: Any, clients_per_step: int | None, caplog: pytest.LogCaptureFixture) -> None:
     entry = ENTRIES[name]
 
     def train(engine: Any, accelerator: str) -> torch.Tensor:
@@ -65,7 +66,7 @@ def test_captured_steps(name: str, make: Any, caplog: pytest.LogCaptureFixture) 
         return fit(strategy, entry.module() if make is None else make(torch.float64), accelerator, sizes=(32,) * 4)
 
     with caplog.at_level(logging.DEBUG, "lightning_fl.engines"):
-        captured = train(fl.engines.Vectorized(capture_steps=True), PLACE)
+        captured = train(fl.engines.Vectorized(clients_per_step, capture_steps=True), PLACE)
     torch.testing.assert_close(captured, train("sequential", "cpu"), rtol=0, atol=1e-9)
     # Why a GPU has refused a capture is what this test is for.
     assert "Captured a step" in caplog.text

@@ -51,7 +51,8 @@ class Vectorized:
     """The engine that advances many clients in one step, with its settings.
 
     Args:
-        clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``.
+        clients_per_step: The most clients that train in one step. None: as many as fit in ``stacked_bytes``. 1: clients
+            train one after the other, which is of use with ``capture_steps``.
         stacked_bytes: The most bytes of the clients' stacked parameters. None: 16 MiB on a CPU, for its cache; on a GPU
             a sixteenth of its memory, or an eighth of what is free if that is less.
         batch_bytes: The most bytes of their batches in memory at once. Default 1 GiB.
@@ -83,6 +84,11 @@ class Vectorized:
                 raise ValueError(f"Vectorized got {name}={value}; expected at least 1.")
         if self.data_bytes is not None and self.data_bytes < 0:
             raise ValueError(f"Vectorized got data_bytes={self.data_bytes}; expected at least 0.")
+
+    @property
+    def stacks_one(self) -> bool:
+        """Whether a client alone trains as a group of one, so that its steps are captured."""
+        return self.capture_steps and self.clients_per_step == 1
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,8 @@ class VectorizedEngine(SequentialEngine):
         self.pool = BufferPool()
         self.replays: StepReplays | None = None
         """Captures the steps of groups and replays them; None: each step runs by itself."""
+        self.stacks_one = False
+        """Whether a client alone is a group of one, whose step runs without ``vmap``."""
         self._subset: RowSubset | None = None
         self._slots = TensorSlots(module, {})
 
@@ -129,7 +137,7 @@ class VectorizedEngine(SequentialEngine):
         phase: Phase = ONE_PHASE,
         grad_transform: GradTransform | None = None,
     ) -> None:
-        if len(starts) == 1:
+        if len(starts) == 1 and not self.stacks_one:
             super().start(starts, client_states, phase, grad_transform)
             return
         self._enter()
@@ -251,8 +259,12 @@ class VectorizedEngine(SequentialEngine):
         inputs = (leaves[place] for place in places)
         stacked = [*self._stacked.values(), *self._stacked_buffers.values(), *inputs]
         rules = BatchingRules(self.pool)
-        with rules, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
-            losses, others, replaced = flat_vmap(of_one, stacked, randomness)
+        if self.stacks_one:
+            out = of_one(*(tensor[0] for tensor in stacked))
+            losses, others, replaced = pytree.tree_map_only(Tensor, lambda own: own[None], out)
+        else:
+            with rules, sdpa_kernel(SDPBackend.MATH):  # other kernels of attention have no rule for vmap
+                losses, others, replaced = flat_vmap(of_one, stacked, randomness)
         others = _apart_from(stacked[: len(names)], others)
         if rules.error is not None:
             raise NotVectorizable("training_step catches an error, which may have another cause for several clients")

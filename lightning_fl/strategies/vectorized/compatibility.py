@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_fl.engines import VectorizedEngine
+from lightning_fl.engines import Vectorized, VectorizedEngine
 from lightning_fl.engines.capture import tolerances
 from lightning_fl.engines.vectorized.stacking import NotVectorizable, part
 from lightning_fl.seeding import isolated_randomness
@@ -50,7 +50,8 @@ def unsupported_reason(trainer: L.Trainer, module: L.LightningModule, strategy: 
         return "hooks on a parameter would see its gradients of several clients"
     if any(map(has_backward_hooks, module.modules())):
         return "backward hooks of a submodule do not run for several clients at once"
-    if any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
+    is_one = isinstance(strategy.engine, Vectorized) and strategy.engine.stacks_one
+    if not is_one and any(isinstance(m, nn.Embedding) and m.padding_idx is not None for m in module.modules()):
         return "torch.func.vmap gives the padding of an embedding a gradient"
     of_module = set(map(id, module.parameters()))
     if any(id(param) not in of_module for o in optimizers for group in o.param_groups for param in group["params"]):
@@ -144,6 +145,11 @@ def check_equivalence(
             or takes so long that training together would gain nothing.
     """
     trial = partial(_try_step, engine, capture, watch, batch, args, max_flops)
+    if engine.stacks_one:
+        # The random numbers with which it is compared: without `vmap` they are those of a client alone.
+        with _repeatable_kernels(engine.device), isolated_randomness(0, 0, 0):
+            trial("different")
+        return "different"
     try:
         with _repeatable_kernels(engine.device):
             trial("error")
@@ -207,7 +213,7 @@ def _try_step(
         # The step has moved the clients' BatchNorm statistics; the comparison must start from the same ones.
         after = engine.copy_buffers()
         engine.put_buffers(buffers)
-        if randomness == "error":
+        if randomness == "error" or engine.stacks_one:
             with torch.enable_grad():
                 found = _Outcome(losses.detach(), grads, after, logged, made)
                 _compare(engine, capture, batch, args, found, max_flops)
@@ -245,7 +251,7 @@ def _compare(
     max_flops: float,
 ) -> None:
     losses, grads = together.losses, together.grads
-    for client in (0, len(losses) - 1):
+    for client in {0, len(losses) - 1}:
         # With random numbers of its own, which also shows draws after which the step puts the generators back.
         with FlopCounterMode(display=False) as counter, isolated_randomness(0, 0, client):
             alone = engine.step_alone(capture, client, part(batch, client), *args)

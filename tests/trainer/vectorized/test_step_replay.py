@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -29,7 +30,7 @@ class Fit:
 
     def __init__(self, make: Callable[[], L.LightningModule], captures: bool, **options: Any) -> None:
         data = image_clients(options.pop("sizes", SIZES), validate=make is Ordinary)
-        engine = fl.engines.Vectorized(capture_steps=captures)
+        engine = options.pop("engine", fl.engines.Vectorized(capture_steps=captures))
         strategy = fl.FederatedStrategy(options.pop("algorithm", "fedavg"), engine=engine, seed=5)
         run = trainer(strategy, options.pop("rounds", 3), **options)
         torch.manual_seed(1)
@@ -38,7 +39,9 @@ class Fit:
         self.weights = weights(module)
         self.metrics = {k: v for k, v in run.callback_metrics.items() if not k.startswith("fl/")}
         self.history = [{k: v for k, v in entry.items() if k != "seconds"} for entry in strategy.history]
-        replays = strategy.active_driver.vectorized.engine.replays  # type: ignore[union-attr]
+        self.groups = strategy.active_driver.trained_groups
+        vectorized = strategy.active_driver.vectorized
+        replays = None if vectorized is None else vectorized.engine.replays
         self.num_replays = replays.num_replays if replays is not None else 0
         self.num_launches = replays.num_launches if replays is not None else 0
 
@@ -326,3 +329,93 @@ def test_a_replay_that_goes_wrong_later_is_noticed(
     wrong_from(monkeypatch, 8, spoil_loss)  # two more, because a checked replay runs twice
     assert both(Plain, sizes=(32, 32)).num_replays == 6
     assert "a replay differs from the step itself" in caplog.text
+
+
+# ---- clients one after the other
+
+
+class Padding(Plain):
+    """``torch.func.vmap`` gives the padding of an embedding a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(10, 16, padding_idx=0, dtype=torch.float64)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        words = batch[0].flatten(1).sum(1).abs().long() % 10
+        return nn.functional.cross_entropy(self.net(self.words(words)), batch[1])
+
+
+class Flipping(torch.autograd.Function):
+    """A function without a rule for ``vmap``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return -grad
+
+
+class WithFunction(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return Flipping.apply(super().training_step(batch, batch_idx))
+
+
+def one_by_one(make: Any, **options: Any) -> Fit:
+    """A fit whose clients train one after the other by replays, compared with the sequential engine."""
+    options = {"sizes": (16, 16, 13), **options}
+    alone = fl.engines.Vectorized(clients_per_step=1, capture_steps=True)
+    plain, replayed = (Fit(make, False, **{**options, "engine": engine}) for engine in ("sequential", alone))
+    assert torch.equal(replayed.weights, plain.weights)
+    torch.testing.assert_close(replayed.metrics, plain.metrics, rtol=1e-6, atol=0, equal_nan=True)
+    assert replayed.groups == plain.groups
+    return replayed
+
+
+ALONE: dict[str, Any] = {
+    "padding": (Padding, {"rounds": 1}),
+    "a function of the user's": (WithFunction, {}),
+    **{name: CASES[name] for name in ("momentum and clipping", "logs and buffers", "scaffold", "perfedavg", "Adam")},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+@pytest.mark.spread(1)
+def test_clients_one_after_the_other(name: str) -> None:
+    make, options = ALONE[name]
+    assert one_by_one(make, **options).num_replays > 5
+
+
+@pytest.mark.slow
+def test_a_wrong_replay_of_a_client_alone_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong_from(monkeypatch, 0, spoil_a_parameter)
+    assert one_by_one(Plain).num_replays == 0
+    assert "a replay differs from the step itself" in caplog.text
+
+
+class Named(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """An example has a number of its own, which can't be stacked."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.randn(1, 4, 4), object()
+
+
+class OutOfMemory(Plain):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise torch.OutOfMemoryError("it is too large")
+
+
+def test_a_client_alone_that_does_not_fit_ends_the_fit() -> None:
+    strategy = fl.FederatedStrategy("fedavg", engine=fl.engines.Vectorized(clients_per_step=1, capture_steps=True))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer(strategy).fit(OutOfMemory(), image_clients((4, 4)))
+    loaders = [torch.utils.data.DataLoader(Named(), batch_size=2, collate_fn=list) for _ in range(2)]
+    with pytest.raises(MisconfigurationException, match="only tensors can be stacked"):
+        trainer(strategy).fit(Plain(), fl.datamodules.ClientLoaders(range(2), loaders.__getitem__))
