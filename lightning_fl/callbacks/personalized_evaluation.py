@@ -102,8 +102,8 @@ class PersonalizedEvaluation(L.Callback):
         if trainer.current_epoch > 0 and self.local_epochs != 0 and not self._first:
             raise MisconfigurationException(
                 "PersonalizedEvaluation trains the local models from that of the first round, which this run, "
-                f"continued after round {trainer.current_epoch}, does not have. Set local_epochs=0, or use the callback "
-                "from the first round on."
+                f"continued after round {trainer.current_epoch}, does not have. Set local_epochs=0, or use the "
+                "callback from the first round on."
             )
 
     def on_round_start(
