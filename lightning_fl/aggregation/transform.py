@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_fl.aggregation.aggregator import Aggregator
 from lightning_fl.aggregation.context import RoundContext
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.types import Aggregate, State, Update
 
 
@@ -34,6 +35,9 @@ class Transform(ABC):
     is_elementwise: ClassVar[bool] = False
     """Whether each element of the output depends on the same element of the input only, so that processes that each
     hold a shard of an update can transform their shards independently."""
+    is_lossy: ClassVar[bool] = False
+    """Whether the server gets different changes from those that the clients have computed, such as rounded, clipped or
+    scaled ones."""
     hides_clients: bool = False
     """Whether exact facts about a round's clients, such as their number, must not reach the loggers."""
     is_private: bool = False
@@ -51,6 +55,19 @@ class Transform(ABC):
             ValueError: If it is not.
         """
         return
+
+    def check_algorithm(self, algorithm: Algorithm) -> None:
+        """Checks that the transform is correct beside the algorithm; called when the strategy is built.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if self.is_lossy and algorithm.needs_exact_deltas:
+            raise ValueError(
+                f"{type(algorithm).__name__} is right only if the server gets the very changes that the clients have "
+                f"computed, and with {type(self).__name__} it gets others. Leave that out, or use another algorithm, "
+                "such as 'fedavg' or 'scaffold'."
+            )
 
     def like(self, update: Update) -> Update:
         """Returns a template of the client half's output, given a template of its input."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting, check_hyperparameter
+from lightning_fl.algorithms.base import Algorithm, AuxRole, ProbeKind, Weighting, check_hyperparameter
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, scalar_like, scale, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -47,6 +47,7 @@ class AFL(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     probe: ClassVar[ProbeKind | None] = "loss"
+    aux_role: ClassVar[AuxRole] = "divisor"
     knows_index: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

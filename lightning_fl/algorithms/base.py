@@ -13,6 +13,7 @@ from lightning_fl.types import Aggregate, Context, LocalRun, Phase, State, Tree,
 
 Weighting = Literal["examples", "uniform"]
 ProbeKind = Literal["loss", "grad", "losses"]
+AuxRole = Literal["addend", "factor", "divisor"]
 
 
 class Algorithm(ABC):
@@ -46,6 +47,13 @@ class Algorithm(ABC):
     Otherwise it is given the changes of all clients."""
     sends_parts: ClassVar[bool] = False
     """Whether :meth:`delta_like` may return only some of the parameters."""
+    aux_role: ClassVar[AuxRole] = "addend"
+    """What ``server_update`` does with ``aggregate.aux``: ``"addend"``, it adds them to its state, as SCAFFOLD does;
+    ``"factor"``, it multiplies its step by them, as FedNova; ``"divisor"``, its step is a ratio of the change and them,
+    as q-FedAvg's. Whatever scales, bounds or noises an update does the same to the step of the first kind only."""
+    needs_exact_deltas: ClassVar[bool] = False
+    """Whether it is right only if the server gets the very changes that the clients have computed, as where clients
+    keep what they have sent."""
     is_elementwise: ClassVar[bool] = False
     """Whether each element of the next state depends on the same element of the parameters and updates only, so that
     processes that each hold a shard can compute their shards independently. No norms, no means over a tensor, no side

@@ -24,7 +24,9 @@ class FedDyn(Algorithm):
         x \leftarrow \mathrm{mean}_i \, y_i - h / \alpha
 
     A client that solves its local problem exactly ends with :math:`g_i = \nabla F_i(y_i)`, so many local steps help. An
-    inexact solution slows convergence but does not move the optimum. The server's :math:`h` is the mean of the
+    inexact solution slows convergence but does not move the optimum, as long as server and clients use the same
+    changes. What reaches the server other than it was sent is missing in :math:`h` for good, so compression, noise,
+    staleness weights and robust rules are refused. The server's :math:`h` is the mean of the
     :math:`g_i` of all :math:`N` clients. This is the paper's algorithm, in which all clients have the same weight; the
     authors' code divides each client's :math:`\alpha` by its share of the examples. With ``weighting="examples"`` the
     mean and :math:`h` are weighted, which is exact if all clients take part.
@@ -43,6 +45,7 @@ class FedDyn(Algorithm):
     alpha: float = 0.01
 
     weighting: ClassVar[Weighting] = "uniform"
+    needs_exact_deltas: ClassVar[bool] = True
     keeps_client_state: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

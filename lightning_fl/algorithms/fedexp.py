@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_fl.algorithms.base import Algorithm, Weighting, check_hyperparameter
+from lightning_fl.algorithms.base import Algorithm, AuxRole, Weighting, check_hyperparameter
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, scalar_like, squared_norm, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -24,7 +24,8 @@ class FedExP(Algorithm):
 
     In the paper all clients have the same weight; with ``weighting="examples"`` both means are weighted. Long steps
     make the model oscillate from round to round, so the paper evaluates the average of the last two models; here the
-    model is the last one.
+    model is the last one. The step compares the norms of what clients have computed with the norm of what the
+    server gets, so transforms that change updates, and robust rules, are refused.
 
     Args:
         eps: The constant :math:`\varepsilon` that bounds the step when the changes cancel out. Default 0.001. If the
@@ -40,6 +41,8 @@ class FedExP(Algorithm):
     eps: float = 1e-3
 
     weighting: ClassVar[Weighting] = "uniform"
+    aux_role: ClassVar[AuxRole] = "divisor"
+    needs_exact_deltas: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "eps", self.eps > 0, "a positive number")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.optim import SGD, Optimizer
 
-from lightning_fl.algorithms.base import Algorithm, check_hyperparameter
+from lightning_fl.algorithms.base import Algorithm, AuxRole, check_hyperparameter
 from lightning_fl.algorithms.fedprox import add_proximal
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, scalar_like, scale, subtract
@@ -50,6 +51,8 @@ class FedNova(Algorithm):
 
     server_lr: float = 1.0
     mu: float = 0.0
+
+    aux_role: ClassVar[AuxRole] = "factor"
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "mu", self.mu >= 0, "a number that is not negative")

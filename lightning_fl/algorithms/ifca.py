@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_fl.algorithms.base import Algorithm, ProbeKind, Weighting, check_hyperparameter
+from lightning_fl.algorithms.base import Algorithm, AuxRole, ProbeKind, Weighting, check_hyperparameter
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import scalar_like, subtract, tree_map
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -50,6 +50,7 @@ class IFCA(Algorithm):
 
     weighting: ClassVar[Weighting] = "uniform"
     probe: ClassVar[ProbeKind | None] = "losses"
+    aux_role: ClassVar[AuxRole] = "divisor"
     client_keys: ClassVar[tuple[str, ...]] = ("params", "models")
 
     def __post_init__(self) -> None:
@@ -68,8 +69,10 @@ class IFCA(Algorithm):
         return {"params": params, "models": tree_map(several, params)}
 
     def aux_like(self, params: Tree) -> Mapping[str, Tree]:
-        counts = scalar_like(params).double().expand(self.num_models).clone()
-        return {"models": tree_map(self._stack, params), "counts": {"weight": counts}}
+        return {"counts": {"weight": scalar_like(params).double().expand(self.num_models).clone()}}
+
+    def delta_like(self, params: Tree, server: State) -> Tree:
+        return tree_map(self._stack, params)
 
     def _stack(self, tensor: Tensor) -> Tensor:
         return tensor.new_zeros(self.num_models, *tensor.shape)
@@ -84,13 +87,13 @@ class IFCA(Algorithm):
     def client_finish(
         self, params: Tree, ctx: Context, client: State | None, run: LocalRun
     ) -> tuple[Update, State | None]:
-        delta, chosen, weight = subtract(params, ctx["params"]), ctx["chosen"], run.weight
-        models = {name: self._stack(own) for name, own in delta.items()}
-        for name, own in delta.items():
-            models[name][chosen] = weight * own
+        chosen, change = ctx["chosen"], subtract(params, ctx["params"])
+        delta = tree_map(self._stack, change)
+        for name, own in change.items():
+            delta[name][chosen] = own
         counts = scalar_like(params).double().expand(self.num_models).clone()
-        counts[chosen] = weight
-        return Update(delta=delta, aux={"models": models, "counts": {"weight": counts}}), client
+        counts[chosen] = run.weight
+        return Update(delta=delta, aux={"counts": {"weight": counts}}), client
 
     def server_update(self, server: State, aggregate: Aggregate) -> State:
         counts = aggregate.aux["counts"]["weight"]
@@ -98,9 +101,8 @@ class IFCA(Algorithm):
         if not total > 0:
             return server
         steps = torch.where(counts > 0, self.server_lr / counts.clamp(min=1e-30), 0.0)
-        change = aggregate.aux["models"]
         models = {
-            name: own + change[name] * steps.to(own.dtype).view(-1, *[1] * (own.dim() - 1))
+            name: own + aggregate.delta[name] * steps.to(own.dtype).view(-1, *[1] * (own.dim() - 1))
             for name, own in server["models"].items()
         }
         shares = counts / total

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from lightning_fl.algorithms.base import Algorithm, ProbeKind, check_hyperparameter
+from lightning_fl.algorithms.base import Algorithm, AuxRole, ProbeKind, check_hyperparameter
 from lightning_fl.algorithms.registry import register
 from lightning_fl.tree import add, scalar_like, scale, squared_norm, subtract
 from lightning_fl.types import Aggregate, Context, LocalRun, State, Tree, Update
@@ -43,6 +43,7 @@ class QFedAvg(Algorithm):
     lipschitz: float | None = None
 
     probe: ClassVar[ProbeKind | None] = "loss"
+    aux_role: ClassVar[AuxRole] = "divisor"
 
     def __post_init__(self) -> None:
         check_hyperparameter(self, "q", self.q >= 0, "a number that is not negative")

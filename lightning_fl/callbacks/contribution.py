@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.callbacks.monitored import mode_in
 from lightning_fl.communication import Message
@@ -128,6 +129,12 @@ class Contribution(FederatedCallback):
             raise MisconfigurationException(
                 f"Contribution measures contributions to one global model, but {type(settings.algorithm).__name__} "
                 "has one model per client. Leave it out, or use an algorithm with a server."
+            )
+        if type(settings.algorithm).delta_like is not Algorithm.delta_like:
+            raise MisconfigurationException(
+                "Contribution measures contributions to one global model, but clients of "
+                f"{type(settings.algorithm).__name__} do not send the change of one whole model. Leave it out, or use "
+                "another algorithm, such as 'fedavg'."
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.functional import kl_div, log_softmax
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.callbacks.federated import FederatedCallback
 from lightning_fl.engines.buffers import moved
 from lightning_fl.engines.evaluation_mode import evaluating
@@ -82,6 +83,9 @@ class EnsembleDistillation(FederatedCallback):
             "no party has the models of all silos over a network": strategy.network is not None,
             "clients start from models of different rounds": settings.schedule is not None,
             f"{type(settings.algorithm).__name__} has a model for each client": settings.algorithm.keeps_nodes,
+            f"{type(settings.algorithm).__name__} does not send the change of one whole model": (
+                type(settings.algorithm).delta_like is not Algorithm.delta_like
+            ),
             f"clients keep {', '.join(strategy.personal)}": bool(strategy.personal),
             "clients train adapters of different base models": settings.aggregator.moves_frozen,
             "a silo has several processes": strategy.silo is not None,

@@ -145,6 +145,11 @@ def _sentence(leaf: _Leaf) -> str:
     if found := re.match(r"module '(.+)' has no attribute '(\w+)'", leaf.text):
         classes = [name for name, _ in inspect.getmembers(importlib.import_module(found[1]), inspect.isclass)]
         return f"{where}module {found[1]!r} has no class {found[2]!r}.{_closest(found[2], classes)}"
+    if found := re.match(r"Expected an instantiatable class, but ([\w.]*) ?is abstract", leaf.text):
+        path = found[1] or leaf.value
+        module, _, name = path.rpartition(".")
+        methods = sorted(getattr(importlib.import_module(module), name).__abstractmethods__) if module else []
+        return f"{where}{path} is abstract: it lacks the methods {', '.join(methods)}."
     if found := re.match(r'Parser key "([\w.]+)": (.+)', leaf.text):
         return f"{found[1]}: {found[2]}"
     return where + leaf.text

@@ -15,7 +15,6 @@ import torch
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
-from lightning.pytorch.utilities import rank_zero_only
 
 import lightning_fl
 import lightning_fl.models  # YAML files may name its classes without their module, like those of the imports below
@@ -134,7 +133,8 @@ class FederatedCLI(LightningCLI):
         """Finds ``--ckpt_path last`` among all runs below the logger's folder, not just in this run's new one."""
         given = self.config_init[self.subcommand]
         if given.ckpt_path != "last":
-            _check_checkpoint(given.ckpt_path)
+            if self.trainer.global_rank == 0:  # a silo may lack it, and is sent that of rank 0
+                _check_checkpoint(given.ckpt_path)
             return
         logger = self.trainer.logger
         folder = Path(self.trainer.default_root_dir)
@@ -142,7 +142,7 @@ class FederatedCLI(LightningCLI):
             folder = Path(logger.save_dir, str(logger.name or ""))
         kept = sorted(folder.rglob("checkpoints/*.ckpt"), key=lambda path: path.stat().st_mtime)
         found = [path for path in kept if path.name.startswith("last")] or kept
-        if not found and rank_zero_only.rank != 0:
+        if not found and self.trainer.global_rank != 0:
             given.ckpt_path = str(folder / "checkpoints" / "last.ckpt")  # a silo, to which rank 0 sends its file
             return
         if not found:
@@ -191,10 +191,10 @@ class FederatedCLI(LightningCLI):
 def _check_checkpoint(path: str | None) -> None:
     """Refuses a checkpoint that does not exist, before anything else is done.
 
-    A silo's may be missing, rank 0 sends it its own. Places such as ``s3://`` are left to Lightning, as are its words.
+    Places such as ``s3://`` are left to Lightning, as are its words, such as ``best``.
     """
     is_a_file = path is not None and "://" not in path and path.endswith(".ckpt")
-    if path is None or not is_a_file or Path(path).exists() or rank_zero_only.rank != 0:
+    if path is None or not is_a_file or Path(path).exists():
         return
     near = sorted(Path(path).parent.glob("*.ckpt"))
     there = f" {Path(path).parent} has {', '.join(found.name for found in near)}." if near else ""

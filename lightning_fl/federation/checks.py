@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_fl.tree import is_finite
+from lightning_fl.tree import is_finite, leaves
 from lightning_fl.types import Aggregate, State, Tree, Update
 
 
@@ -37,12 +37,13 @@ def check_next_model(owner: object, found: Any, expected: Tree, aggregate: Aggre
         aggregate: What it was given.
 
     Raises:
-        ValueError: Also if its global model holds NaN or Inf.
+        ValueError: Also if any entry holds NaN or Inf.
     """
     state = check_server_state(owner, "server_update", found, expected)
-    if not is_finite(state["params"].values()):
-        sums_are_finite = is_finite(aggregate.delta.values())
-        method = f"{_name(owner, 'server_update')} returned 'params'"
+    spoilt = next((key for key, own in state.items() if not _is_finite({key: own})), None)
+    if spoilt is not None:
+        sums_are_finite = _is_finite({"delta": aggregate.delta, **aggregate.aux})
+        method = f"{_name(owner, 'server_update')} returned {spoilt!r}"
         source = method if sums_are_finite else "The aggregator, or the server half of a transform, returned a sum"
         remedy = (
             "Lower the server's learning rate, or see what it divides by."
@@ -53,6 +54,10 @@ def check_next_model(owner: object, found: Any, expected: Tree, aggregate: Aggre
             f"{source} with NaN or Inf, although no client's update has any. The global model is unchanged. {remedy}"
         )
     return state
+
+
+def _is_finite(state: Mapping[str, Any]) -> bool:
+    return is_finite(leaf for leaf in leaves(state) if isinstance(leaf, Tensor))
 
 
 def check_context(owner: object, found: Any, expected: Tree) -> Mapping[str, Any]:

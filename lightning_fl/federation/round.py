@@ -537,7 +537,8 @@ class Round:
         layout = Layout.of(trees)
         sent = {dtype: self.federation.group.broadcast(flat) for dtype, flat in layout.flatten(trees).items()}
         received = layout.unflatten(sent)
-        root = Update(received.pop("delta", {}), received.pop("buffers", {}))
+        aux = {name.removeprefix("aux/"): tree for name, tree in received.items() if name.startswith("aux/")}
+        root = Update(received.get("delta", {}), received.get("buffers", {}), aux=aux)
         self.opened = replace(self.opened, ctx=replace(self.opened.ctx, root=root))
 
     def model_of(self, update: Update) -> Callable[..., Any]:

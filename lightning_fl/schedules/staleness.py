@@ -73,6 +73,7 @@ class Stale(Transform):
     """
 
     keeps_norm_bound = True
+    is_lossy = True
 
     def __init__(self, staleness: StalenessFunction | None, by_share: bool = False) -> None:
         self.staleness = staleness
@@ -93,6 +94,7 @@ class Mixed(Transform):
     """
 
     needs_start = True
+    is_lossy = True
 
     def __init__(self, alpha: float, staleness: StalenessFunction | None = None) -> None:
         self.alpha = alpha

@@ -252,6 +252,7 @@ class FederatedStrategy(RankedStrategy):
                 stragglers,
                 transforms,
                 self.aggregator,
+                self.algorithm,
             )
             # First, because the others may give updates a form that can't be scaled. In real time the coordinator
             # weighs updates, which alone knows how old they are when they come.
@@ -267,6 +268,7 @@ class FederatedStrategy(RankedStrategy):
         self.transforms = tuple(transforms)
         for number, transform in enumerate(self.transforms, start=1):
             transform.check(self.transforms[number:], self.aggregator, self.weighting)
+            transform.check_algorithm(self.algorithm)
         self.aggregator.check(self.algorithm)
         sampling = None if num_clients is None else describe_sampling(self.cohort, num_clients, clients_per_round)
         if sampling is not None and sampling.kind != "poisson":

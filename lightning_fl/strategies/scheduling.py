@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_fl.aggregation import Aggregator, Transform
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.clients import Cohort, Durations, Population, Stragglers, Uniform, as_durations
 from lightning_fl.schedules import Recorded, RoundSchedule, Synchronous
 from lightning_fl.strategies.validation import misconfiguration
@@ -55,6 +56,7 @@ def check_schedule(
     stragglers: Stragglers | None,
     transforms: Sequence[Transform],
     aggregator: Aggregator,
+    algorithm: Algorithm,
 ) -> None:
     """Makes sure that a schedule fits the other settings of a strategy.
 
@@ -77,6 +79,23 @@ def check_schedule(
         )
     if schedule.draws_cohorts:
         return
+    name = type(algorithm).__name__
+    remedy = "Use a schedule with cohorts, such as fl.schedules.Deadline, or another algorithm, such as 'fedavg'."
+    if algorithm.aux_role == "divisor":
+        raise ValueError(
+            f"The step of {name} is a ratio of what clients send, all from one model and in full. Those of a round of "
+            f"{schedule!r} start from different models, and the schedule may scale their changes. {remedy}"
+        )
+    if algorithm.aux_role == "factor" and any(transform.needs_start for transform in schedule.transforms):
+        raise ValueError(
+            f"{schedule!r} adds the way between two models to what a client sends, and {name} sends changes in other "
+            f"units, with a side channel that gives them back. {remedy}"
+        )
+    if algorithm.needs_exact_deltas and schedule.transforms:
+        raise ValueError(
+            f"{name} is right only if the server gets the very changes that the clients have computed, and "
+            f"{schedule!r} scales them. {remedy}"
+        )
     if not (isinstance(cohort, Uniform) and not cohort.secure):
         raise ValueError(
             f"{schedule!r} has no cohorts, so cohort={cohort!r} would be ignored: whoever returns is taken in. "

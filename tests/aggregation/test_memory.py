@@ -81,3 +81,11 @@ def test_foolsgold_sums_up_all_rounds() -> None:
 
 def test_centered_clipping_keeps_the_centre_of_what_was_not_sent() -> None:
     assert memory_of(CenteredClipping(num_attackers=0))["centre"]["delta"].keys() == {"a", "b"}
+
+
+def test_an_empty_tensor_is_sent_whole() -> None:
+    update = Update({"empty": torch.zeros(0, 4)})
+    sent, _ = PowerSGD(1).client(update, {}, context(1))
+    aggregate, state = PowerSGD(1).server(Aggregate(sent.delta, {}, 1.0, {}, 1, 1), {}, context(1))
+    assert aggregate.delta["empty"].shape == (0, 4)
+    assert state["bytes"] == 0

@@ -95,6 +95,10 @@ CASES = {
         ["--trainer.callbacks+=lightning_fl.callbacks.ClientMetric"],
         "module 'lightning_fl.callbacks' has no class 'ClientMetric'. Did you mean 'ClientMetrics'?",
     ),
+    "an abstract class": (
+        ["--trainer.strategy.partition", "lightning_fl.datamodules.Partitioner"],
+        "trainer.strategy.partition: lightning_fl.datamodules.Partitioner is abstract: it lacks the methods split.",
+    ),
     "a class of an unknown name": (
         ["--trainer.strategy.aggregator", "median"],
         "trainer.strategy.aggregator: no class is known as 'median'; write package.Class. Did you mean 'Median'?",

@@ -7,6 +7,7 @@ coefficients ``[n]``, one that works on coordinates the values ``[d]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import combinations, product
 from typing import Any
 
@@ -130,7 +131,8 @@ def screened(rows: Array, f: int) -> Array:
 def foolsgold(rows: Array, f: int) -> Array:
     """The authors' loops."""
     n = len(rows)
-    cs = cosines(rows) - np.eye(n)
+    cs = cosines(rows)
+    np.fill_diagonal(cs, 0)
     most = cs.max(axis=1)
     for i in range(n):
         for j in range(n):
@@ -180,6 +182,21 @@ def unflat(row: Array, template: Tree) -> Tree:
     return found
 
 
+def geometry(updates: Sequence[Update]) -> Array:
+    """What a rule takes distances between: the changes, and each side channel as long as they are, by the medians."""
+    delta = flat(updates, "delta")[0]
+    parts = [delta, *(flat(updates, f"aux/{name}")[0] for name in updates[0].aux)]
+    sizes = [np.sort(np.linalg.norm(own, axis=1))[(len(updates) - 1) // 2] for own in parts]
+    return np.concatenate([own * sizes[0] / size for own, size in zip(parts, sizes, strict=True)], axis=1)
+
+
+def medians(updates: Sequence[Update], counts: Array) -> Tree:
+    """The buffers: medians over the updates that count, or over all if attackers could be half of those."""
+    rows, template = flat(updates, "buffers")
+    chosen = counts if counts.sum() > 2 * attackers(updates) else np.ones(len(rows), bool)
+    return unflat(len(rows) * np.median(rows[chosen], axis=0), template) if template else {}
+
+
 def total(updates: Sequence[Update], combine: Callable[[Array], Array]) -> Aggregate:
     """The aggregate whose mean ``combine`` makes of the rows of each tree; weights are ignored."""
     n, found = len(updates), {}
@@ -195,13 +212,11 @@ def attackers(updates: Sequence[Update]) -> int:
 
 
 def by_coefficients(rule: Rule) -> Callable[[Sequence[Update]], Aggregate]:
-    """The aggregate of a rule that weighs whole updates by their changes of the parameters."""
+    """The aggregate of a rule that weighs whole updates by their changes of the parameters and side channels."""
 
     def expected(updates: Sequence[Update]) -> Aggregate:
-        c = rule(flat(updates, "delta")[0], attackers(updates))
-        result = total(updates, lambda rows: c @ rows)
-        buffers = {name: tensor / max(1, c.sum()) for name, tensor in result.buffers.items()}
-        return Aggregate(result.delta, buffers, result.weight, result.aux, result.num_clients, result.population)
+        c = rule(geometry(updates), attackers(updates))
+        return replace(total(updates, lambda rows: c @ rows), buffers=medians(updates, c != 0))
 
     return expected
 
@@ -212,5 +227,6 @@ def by_coordinates(rule: Rule) -> Callable[[Sequence[Update]], Aggregate]:
 
 
 def of_bulyan(updates: Sequence[Update]) -> Aggregate:
-    """Bulyan's selection follows the changes of the parameters, the rest each coordinate."""
-    return total(updates, bulyan(flat(updates, "delta")[0], 0)[1])
+    """Bulyan's selection follows the changes of the parameters and side channels, the rest each coordinate."""
+    chosen, combine = bulyan(geometry(updates), 0)
+    return replace(total(updates, combine), buffers=medians(updates, np.isin(np.arange(len(updates)), chosen)))

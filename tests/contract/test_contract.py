@@ -57,6 +57,7 @@ from lightning_fl.algorithms import (
     registered,
 )
 from lightning_fl.tree import leaves, sum_dtype
+from lightning_fl.types import Aggregate
 from tests.contract import helpers
 from tests.helpers.training import (
     Plain,
@@ -304,6 +305,27 @@ def test_permuting_clients_changes_nothing(name: str) -> None:
         ENTRIES[name].minimise(4, 3, clients) for clients in (None, quadratic_clients(e[::-1], h[::-1], sizes[::-1]))
     )
     assert permuted == pytest.approx(x, rel=1e-12)
+
+
+@every_algorithm
+def test_a_shorter_update_makes_a_shorter_step_unless_it_says_otherwise(name: str) -> None:
+    """``aux_role``: half of all that clients send is half of the step, of an algorithm with side channels."""
+    algorithm, params = ENTRIES[name].algorithm, {"x": torch.tensor([1.0, -2.0], dtype=torch.float64)}
+    server = algorithm.server_init(params, 3)
+    aux = {**algorithm.aux_like(params), **algorithm.aux_of_clients(3)}
+    if not aux:
+        assert algorithm.aux_role == "addend"
+        return
+
+    def step(share: float) -> Tensor:
+        def sent(tree: Mapping[str, Tensor], size: float) -> dict[str, Tensor]:
+            return {key: torch.full_like(own, size * share) for key, own in tree.items()}
+
+        sums = {key: sent(tree, 60.0) for key, tree in aux.items()}
+        total = Aggregate(sent(algorithm.delta_like(params, server), 6.0), {}, 3.0, sums, 3, 3)
+        return algorithm.server_update(server, total)["params"]["x"] - params["x"]
+
+    assert torch.allclose(step(0.5), 0.5 * step(1.0), rtol=1e-9) == (algorithm.aux_role == "addend")
 
 
 @every_algorithm

@@ -55,6 +55,7 @@ class Rounds(Transform):
     """Error feedback, an example with client state: sends whole numbers and keeps the rest for the next round."""
 
     keeps_client_state = True
+    is_lossy = True
 
     def client(self, update: Update, state: State, ctx: RoundContext) -> tuple[Update, State]:
         exact = add(update.delta, state["rest"]) if state else update.delta
@@ -86,7 +87,7 @@ class Entry:
     def strategy(
         self, transforms: Sequence[Transform] = (), before: Sequence[Transform] = (), **options: Any
     ) -> FederatedStrategy:
-        return FederatedStrategy("fedavg", transforms=[*before, self.make(), *transforms], **options)
+        return FederatedStrategy(**{"algorithm": "fedavg", **options}, transforms=[*before, self.make(), *transforms])
 
     def updates(self, dtype: torch.dtype = torch.float64) -> list[Update]:
         """Updates of the weights that it asks for, in the dtypes in which clients send them: integers as float64."""
@@ -120,6 +121,8 @@ OF_PRIVACY: dict[str, Any] = {
         ({"weighting": "examples"}, "weighting='examples' lets one client weigh more.*Leave weighting out"),
         ({"transforms": [Lengthens()]}, r"Lengthens comes after ClientLevelDP and may .*Put ClientLevelDP last"),
         ({"transforms": [ClientLevelDP(1.0, 1.0)]}, "ClientLevelDP comes after ClientLevelDP"),
+        *(({"algorithm": name}, "uses them as a divisor") for name in ("qfedavg", "term", "afl", "ifca")),
+        ({"algorithm": "fednova"}, "uses them as a factor"),
         ({"aggregator": NoSum()}, r"NoSum is not a sum\. Use fl\.aggregation\.WeightedMean\(\)"),
     ],
 }
@@ -387,6 +390,26 @@ def test_wrong_neighbours_are_refused_when_the_strategy_is_built(
         entry.strategy(**options)
 
 
+@every_transform
+@pytest.mark.parametrize("algorithm", ["feddyn", "fedexp"])
+def test_what_loses_or_scales_is_refused_where_the_change_must_arrive_as_it_was_sent(
+    entry: Entry, algorithm: str
+) -> None:
+    check_lossy(entry)
+    if not entry.kind.is_lossy:
+        entry.strategy(algorithm=algorithm)
+        return
+    with pytest.raises(ValueError, match=f"right only if .* the very changes .* {entry.kind.__name__}"):
+        entry.strategy(algorithm=algorithm)
+
+
+def check_lossy(entry: Entry) -> None:
+    """A transform that does not say so gives the server the sum of what clients have computed."""
+    if not entry.kind.is_lossy:
+        found, expected = (Federation(own, entry.updates()).round() for own in (entry.make(), Transform()))
+        torch.testing.assert_close(found.delta, expected.delta)
+
+
 class Affine(Transform):
     """``factor * delta + shift`` in both halves, which tells the order of several."""
 
@@ -527,6 +550,7 @@ class NotesTensors(Transform):
         (Divides, test_a_round_without_clients_gives_finite_numbers, ()),
         (BreaksItsPromise, test_a_promise_to_keep_the_norm_is_kept, ()),
         (NotesTensors, test_it_reports_numbers_and_words, ()),
+        (Lengthens, check_lossy, ()),
     ],
 )
 def test_a_breach_is_found(broken: type[Transform], check: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -65,7 +65,7 @@ def test_pooch_is_needed_only_to_download(server: Server, tmp_path: Path, monkey
 
 def test_a_broken_connection_leaves_nothing_and_the_next_call_downloads_all(server: Server, tmp_path: Path) -> None:
     server.break_after = 100_000
-    with pytest.raises(DownloadError, match=r"could not be downloaded: .* Nothing was saved. Try again, or put"):
+    with pytest.raises(DownloadError, match=r"could not be downloaded .* Nothing was saved. Try again, or put"):
         download("Numbers", [remote(server)], tmp_path, retries=0)
     assert names(tmp_path) == []
     download("Numbers", [remote(server)], tmp_path)
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_the_one_expected_is_removed(server: Server, tmp_path
 
 
 def test_a_server_that_does_not_have_the_file(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(DownloadError, match=r"other.bin could not be downloaded: 404 .*put other.bin into"):
+    with pytest.raises(DownloadError, match=r"other.bin could not be downloaded .404 .*put other.bin into"):
         download("Numbers", [remote(server, name="other.bin")], tmp_path, retries=0)
     assert names(tmp_path) == []
 

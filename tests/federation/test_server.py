@@ -14,7 +14,7 @@ from lightning_fl.algorithms import Algorithm, FedAdam, FedAvg, Scaffold
 from lightning_fl.federation import FederationSettings, FederationState, open_server, server_step
 from lightning_fl.federation.server import some, stop_reason
 from lightning_fl.tree import clone
-from lightning_fl.types import Aggregate, Tree
+from lightning_fl.types import Aggregate, State, Tree
 
 PARAMS = {"a": torch.tensor([1.0, 2.0], dtype=torch.float64), "b": torch.tensor(3.0, dtype=torch.float64)}
 CONTEXT = RoundContext(round=4, cohort=[0, 1, 2], population=5)
@@ -90,6 +90,22 @@ def test_an_aggregate_that_weighs_nothing_leaves_the_algorithm_as_it_is() -> Non
     assert state.server is before.server
     assert set(state.transforms[0]) == {"rounds", "served"}
     assert facts == {"served 0.0": 4.0}
+
+
+class Forgets(FedAdam):
+    """Spoils its momentum, and leaves the model alone."""
+
+    def server_update(self, server: State, aggregate: Aggregate) -> State:
+        return {**server, "momentum": {name: tensor / 0 for name, tensor in aggregate.delta.items()}}
+
+
+def test_any_entry_of_a_state_that_is_not_finite_is_refused_and_the_state_before_stays() -> None:
+    own = settings(Forgets())
+    before = opened(own)
+    copied = clone(before.server)
+    with pytest.raises(ValueError, match=r"Forgets.server_update returned 'momentum' with NaN or Inf"):
+        server_step(own, before, aggregate(), CONTEXT)
+    torch.testing.assert_close(clone(before.server), copied, rtol=0, atol=0)
 
 
 def test_a_transform_can_give_an_empty_round_weight() -> None:

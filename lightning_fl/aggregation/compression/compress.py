@@ -46,6 +46,7 @@ class Compress(Transform):
         Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019.
     """
 
+    is_lossy: ClassVar[bool] = True
     client_keys: ClassVar[tuple[str, ...]] = ("seed",)
     compressor: Compressor
     error_feedback: bool = True

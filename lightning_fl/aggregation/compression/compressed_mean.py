@@ -14,6 +14,7 @@ from lightning_fl.aggregation.aggregator import Aggregator, FederationFacts
 from lightning_fl.aggregation.compression.compressor import Compressor
 from lightning_fl.aggregation.context import RoundContext
 from lightning_fl.aggregation.weighted_mean import WeightedMean, aggregate_of
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.communication import Group, Message
 from lightning_fl.seeding import client_generator
 from lightning_fl.tree import Layout, as_real, update_trees
@@ -70,6 +71,14 @@ class CompressedMean(Aggregator):
 
     def __repr__(self) -> str:
         return f"CompressedMean({self.compressor!r})"
+
+    def check(self, algorithm: Algorithm) -> None:
+        if algorithm.needs_exact_deltas:
+            raise ValueError(
+                f"{type(algorithm).__name__} is right only if the server gets the very changes that the clients have "
+                "computed, and CompressedMean gives it what their bytes decode to. Use the ordinary mean, or another "
+                "algorithm, such as 'fedavg' or 'scaffold'."
+            )
 
     def open(self, group: Group, facts: FederationFacts) -> None:
         size = 1_000_000

@@ -48,6 +48,7 @@ class LowRank(Transform):
         ICDCS 2023; Vogels et al., "PowerSGD", NeurIPS 2019.
     """
 
+    is_lossy: ClassVar[bool] = True
     client_keys: ClassVar[tuple[str, ...]] = ("right", "left")
     rank: int = 1
     error_feedback: bool = True

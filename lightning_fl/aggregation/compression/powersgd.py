@@ -39,6 +39,7 @@ class PowerSGD(Transform):
 
     rank: int = 1
     keeps_client_state = True
+    is_lossy = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:

@@ -46,6 +46,7 @@ class CenteredClipping(GramRule):
     iterations: int = 3
     num_attackers: int | float = 0.2
     before: Sequence[PreAggregator] = ()
+    shortens = True
     memory: bool = True
 
     def __post_init__(self) -> None:

@@ -47,6 +47,7 @@ class FedMGDA(GramRule):
     step: float | None = None
     num_attackers: int | float = 0
     before: Sequence[PreAggregator] = ()
+    shortens = True
     why = "its direction got no weight"
 
     def __post_init__(self) -> None:

@@ -35,6 +35,7 @@ class FLAME(GramRule):
 
     num_attackers: int | float = 0.2
     before: Sequence[PreAggregator] = ()
+    shortens = True
     why = "its direction is not that of the majority"
 
     def matrix(self, gram: Gram, num_attackers: int, ctx: RoundContext) -> Tensor:

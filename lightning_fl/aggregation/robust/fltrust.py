@@ -48,6 +48,7 @@ class FLTrust(GramRule):
     root: ClientId | DataLoader[Any] | Dataset[Any]
     num_attackers: int | float = 0.2
     before = ()
+    shortens = True
     why = "it points away from the root's update"
 
     def __post_init__(self) -> None:

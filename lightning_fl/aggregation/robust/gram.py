@@ -55,6 +55,24 @@ class Gram:
                 square += float(middle @ middle)
         return cls(relative, along, torch.tensor(square, dtype=torch.float64), clients, num_beside)
 
+    @classmethod
+    def joined(cls, parts: Sequence[Gram]) -> Gram:
+        r"""The geometry of rows that consist of several parts, each in units of its own, such as a control's.
+
+        Each part counts as if the median of its norms were that of the first; a part, or a first one, of which that is
+        0 counts as it is. Otherwise the part with the largest numbers would hide what the others hold. Rows beside may
+        raise the median, since what changed much in earlier rounds may change little now.
+
+        Args:
+            parts: The geometry of the same rows in each part.
+        """
+        first = parts[0]
+        unit, total = first.updates.norms.median(), first.flat()
+        for part in parts[1:]:
+            size = torch.cat([part.updates.norms.median()[None], part.norms[part.num_updates :]]).max()
+            total = total + part.flat() * ((unit / size) ** 2 if unit > 0 and size > 0 else 1.0)
+        return first.with_flat(total)
+
     def flat(self) -> Tensor:
         """All numbers in one vector, to be summed over ranks."""
         return torch.cat([self.relative.flatten(), self.along, self.square[None]])

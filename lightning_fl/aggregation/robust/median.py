@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator
+from lightning_fl.aggregation.robust.rule import CoordinateRule, PreAggregator, coordinate_median
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,4 @@ class Median(CoordinateRule):
     before: Sequence[PreAggregator] = ()
 
     def combine(self, block: Tensor, num_attackers: int) -> Tensor:
-        n = len(block)
-        lower = block.kthvalue((n + 1) // 2, dim=0).values
-        return lower if n % 2 else (lower + block.kthvalue(n // 2 + 1, dim=0).values) / 2
+        return coordinate_median(block)

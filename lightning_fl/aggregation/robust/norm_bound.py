@@ -39,6 +39,7 @@ class NormBound(GramRule):
     bound: float | None = None
     num_attackers: int | float = 0.2
     before: Sequence[PreAggregator] = ()
+    shortens = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,25 +102,39 @@ class Rows:
         """Number of columns."""
         return self.layout.size(dtype) * (2 if dtype.is_complex else 1)
 
-    def delta_width(self, dtype: torch.dtype) -> int:
-        """Number of columns that hold the change of the parameters; they come first."""
-        delta = Layout(tuple(entry for entry in self.layout.entries if entry[0] == "delta"))
-        return replace(self, layout=delta).width(dtype)
+    @property
+    def trees_held(self) -> list[str]:
+        """The names of the trees in a row: ``"delta"``, ``"buffers"``, ``"aux/..."``."""
+        return list(dict.fromkeys(tree for tree, *_ in self.layout.entries))
 
-    def windows(self, group: Group, counts: Sequence[int], order: Sequence[int]) -> Iterator[Window]:
+    def span(self, dtype: torch.dtype, tree: str | None = None) -> tuple[int, int]:
+        """The columns that hold a tree, from the first to behind the last; None: those of all trees."""
+        if tree is None:
+            return 0, self.width(dtype)
+        before, held = self.trees_held[: self.trees_held.index(tree)], [tree]
+        start, width = (
+            replace(self, layout=Layout(tuple(entry for entry in self.layout.entries if entry[0] in own))).width(dtype)
+            for own in (before, held)
+        )
+        return start, start + width
+
+    def windows(
+        self, group: Group, counts: Sequence[int], order: Sequence[int], tree: str | None = None
+    ) -> Iterator[Window]:
         """All rows in windows of columns; each rank gets its share of the columns.
 
         Args:
             group: The ranks.
             counts: The number of rows of each rank.
             order: The order in which to return the rows of all ranks.
+            tree: The tree whose columns to return. None: those of all.
         """
         index = torch.tensor(order, dtype=torch.long, device=self.device)
         width_of_window = max(1, group.size * WINDOW // max(1, len(order)))
         for dtype in self.layout.dtypes:
-            width = self.width(dtype)
-            for first in range(0, width, width_of_window):
-                last = min(width, first + width_of_window)
+            begin, end = self.span(dtype, tree)
+            for first in range(begin, end, width_of_window):
+                last = min(end, first + width_of_window)
                 bounds = [first + (last - first) * rank // group.size for rank in range(group.size + 1)]
                 start, stop = bounds[group.rank], bounds[group.rank + 1]
                 own = self.columns(dtype, first, last)
@@ -197,9 +211,9 @@ class RoundRows:
         place = {row: index for index, row in enumerate(self.order)}
         return [place[row] for row in range(before, before + self.counts[self.group.rank])]
 
-    def windows(self) -> Iterator[Window]:
-        """The rows in their order, followed by the extra ones, in windows of columns."""
-        for window in self.rows.windows(self.group, self.counts, self.order):
+    def windows(self, tree: str | None = None) -> Iterator[Window]:
+        """The rows in their order, followed by the extra ones, in windows of columns: of one tree, or of all."""
+        for window in self.rows.windows(self.group, self.counts, self.order, tree):
             if self.beside:
                 own = self.beside[window.dtype][:, window.start : window.start + window.block.shape[1]]
                 window = Window(window.dtype, window.bounds, window.start, torch.cat([window.block, own]))

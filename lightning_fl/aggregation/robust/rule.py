@@ -74,8 +74,10 @@ class RowAggregator(Aggregator):
     r"""Base of the robust rules, which keep the update of every client as a row :math:`u_i`.
 
     The rows are mixed, :math:`v_r = \sum_i M_{ri} u_i`, and the mixtures combined coordinate by coordinate. ``M`` is
-    computed from the changes of the parameters; the same mixture then applies to buffers and, times the number of
-    clients, to side channels. A client's weight is ignored, since an attacker could claim any: all weigh the same.
+    computed from the changes of the parameters and the side channels, each side channel in units of its median length;
+    the same mixture applies to both. Buffers are statistics without a length that could be bounded: where ``M`` depends
+    on the rows, they become the coordinate-wise median over the rows that count. A client's weight is ignored, since an
+    attacker could claim any: all weigh the same.
 
     In a simulation each rank processes a part of the coordinates, so that memory and traffic are divided by the number
     of ranks. Silos would have to trust each other for that: there each rank receives all rows, and the silos compare
@@ -90,6 +92,8 @@ class RowAggregator(Aggregator):
     weighting = "uniform"
     num_attackers: int | float
     before: Sequence[PreAggregator]
+    shortens: bool = False
+    """Whether the coefficients of the rows may add up to another number than 1, so that updates change in length."""
     why: ClassVar[str] = "the rule gave its update no weight"
     """The reason for leaving out a client, for the history."""
 
@@ -151,7 +155,24 @@ class RowAggregator(Aggregator):
     # ---- the aggregator
 
     def check(self, algorithm: Algorithm) -> None:
-        return
+        own, name = type(self).__name__, type(algorithm).__name__
+        remedy = "Use another algorithm, such as 'fedavg', 'fedadam' or 'scaffold', or no robust rule."
+        if algorithm.aux_role == "divisor":
+            raise ValueError(
+                f"{own} bounds what a client adds to a sum, but the step of {name} is a ratio of two sums, in which "
+                f"the bound cancels out, and one client may bring the divisor close to 0. {remedy}"
+            )
+        if algorithm.aux_role == "factor" and self.shortens:
+            raise ValueError(
+                f"{own} shortens updates, and {name} multiplies its step by what clients send, so that it would be "
+                "shortened twice. Use a rule that selects updates, such as fl.aggregation.MultiKrum or "
+                "GeometricMedian, or another algorithm, such as 'fedavg'."
+            )
+        if algorithm.needs_exact_deltas:
+            raise ValueError(
+                f"{name} is right only if the server counts every change as its client does, and {own} leaves out or "
+                f"shortens some. {remedy}"
+            )
 
     def check_cohort(self, num_clients: int) -> None:
         attackers, rows = count_attackers(self.num_attackers, num_clients), num_clients
@@ -232,6 +253,8 @@ class RowAggregator(Aggregator):
         }
         matrix, reasons = self._mixing(found, clients, attackers, of_all, ctx)
         flat = self._combined(found, matrix, attackers)
+        if matrix is not None:
+            _put_medians(flat, found, matrix, attackers)
         memory = self.keep(found, flat, clients, ctx)
         return replace(acc, merged=Merged(num_rows, attackers, flat, clients, matrix, memory, reasons)), messages
 
@@ -246,12 +269,15 @@ class RowAggregator(Aggregator):
         """The complete mixing matrix, and why clients are left out."""
         if not self.needs_gram:
             return None, {}
-        # Distances are those of the parameters: buffers and side channels have other units.
-        blocks = (
-            window.block[:, : max(0, found.rows.delta_width(window.dtype) - window.start)] for window in found.windows()
-        )
-        gram = Gram.of(blocks, clients, next((len(own) for own in found.beside.values()), 0))
-        gram = replace(gram.with_flat(found.group.all_reduce(gram.flat())), measured=measured)
+        num_beside = next((len(own) for own in found.beside.values()), 0)
+        parts = [
+            Gram.of((window.block for window in found.windows(tree)), clients, num_beside)
+            for tree in found.rows.trees_held
+            if tree != "buffers"
+        ]
+        sums = found.group.all_reduce(torch.cat([part.flat() for part in parts])).view(len(parts), -1)
+        gram = Gram.joined([part.with_flat(own) for part, own in zip(parts, sums, strict=True)])
+        gram = replace(gram, measured=measured)
         # A mixture can't be attributed to one client.
         reasons = {} if self.before else self.reasons(gram, ctx)
         matrix = torch.eye(len(gram), dtype=torch.float64)
@@ -279,10 +305,6 @@ class RowAggregator(Aggregator):
             return replace(aggregate_of(trees, 1.0, merged.num_rows, ctx), weight=0.0)
         # An aggregate holds sums, which `Aggregate.mean` divides by the weight again.
         trees = layout.unflatten({dtype: own * merged.num_rows for dtype, own in complete(merged.flat).items()})
-        if merged.matrix is not None and len(merged.matrix) == 1:
-            # Statistics such as a variance must not be extrapolated by a rule that lengthens updates.
-            total = max(1.0, float(merged.matrix.sum()))
-            trees["buffers"] = {name: tensor / total for name, tensor in trees.get("buffers", {}).items()}
         return aggregate_of(trees, float(merged.num_rows), merged.num_rows, ctx)
 
     def shares(self, acc: RowSum, ctx: RoundContext) -> Mapping[ClientId, float]:
@@ -339,6 +361,34 @@ class CoordinateRule(RowAggregator):
                 "rule that weights whole updates, such as fl.aggregation.MultiKrum or GeometricMedian, or "
                 "algorithm='fedavg'."
             )
+        super().check(algorithm)
+
+
+def coordinate_median(block: Tensor) -> Tensor:
+    """The median of each column of ``[n, w]``, ``[w]``; of an even number the mean of the two in the middle."""
+    n = len(block)
+    lower = block.kthvalue((n + 1) // 2, dim=0).values
+    return lower if n % 2 else (lower + block.kthvalue(n // 2 + 1, dim=0).values) / 2
+
+
+def _put_medians(flat: Flat, found: RoundRows, matrix: Tensor, attackers: int) -> None:
+    """Replaces the buffers of what the rows became by their medians over the rows with a share in the mixtures.
+
+    Where attackers could be half of these, as of the one that Krum picks, it is the median over all rows.
+    """
+    counts = matrix[:, : len(found)].abs().sum(0) > 0
+    if "buffers" not in found.rows.trees_held or not counts.any():
+        return
+    if int(counts.sum()) <= 2 * attackers:
+        counts[:] = True
+    chosen = counts.nonzero()[:, 0].to(found.rows.device)
+    pieces: dict[torch.dtype, list[Tensor]] = {}
+    for dtype, bounds, _, block in found.windows("buffers"):
+        own = coordinate_median(block[chosen]).contiguous()
+        widths = [stop - start for start, stop in pairwise(bounds)]
+        pieces.setdefault(dtype, []).extend(found.group.all_to_all([own] * found.group.size, widths))
+    for dtype, parts in pieces.items():
+        flat[dtype][slice(*found.rows.span(dtype, "buffers"))] = torch.cat(parts)
 
 
 def count_attackers(num_attackers: int | float, num_clients: int) -> int:

@@ -165,9 +165,14 @@ class Screened(RowAggregator):
                 values.append(check.measure(update, ctx))
         return found
 
+    @property
+    def shortens(self) -> bool:  # type: ignore[override]
+        return self.inner is not None and self.inner.shortens
+
     def check(self, algorithm: Algorithm) -> None:
         if self.inner is not None:
             self.inner.check(algorithm)
+        super().check(algorithm)
 
     def beside(self, rows: Rows, clients: Sequence[ClientId], ctx: RoundContext) -> Flat:
         return {} if self.inner is None else self.inner.beside(rows, clients, ctx)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_fl.aggregation import Aggregator, RoundContext, Transform
+from lightning_fl.algorithms import Algorithm
 from lightning_fl.privacy.accounting.bounds import Method, Relation, dp_accounting
 from lightning_fl.privacy.accounting.ledger import Adversary, Epsilon, Gaussian, Ledger
 from lightning_fl.privacy.accounting.sampling import Distributed, FixedSize, Full, Poisson, Sampling
@@ -137,6 +138,7 @@ class ClientLevelDP(Transform):
     client_keys: ClassVar[tuple[str, ...]] = ("clip",)
     needs_secure_sampling = True
     hides_clients = True
+    is_lossy = True
 
     def __post_init__(self) -> None:
         if isinstance(self.clip, AdaptiveClip):
@@ -204,6 +206,16 @@ class ClientLevelDP(Transform):
                     f"{type(transform).__name__} comes after ClientLevelDP and may lengthen the clipped update. Put "
                     "ClientLevelDP last."
                 )
+
+    def check_algorithm(self, algorithm: Algorithm) -> None:
+        super().check_algorithm(algorithm)
+        if algorithm.aux_role != "addend":
+            raise ValueError(
+                f"ClientLevelDP clips and noises the side channels of {type(algorithm).__name__} with the changes, but "
+                f"its step uses them as a {algorithm.aux_role}: the clip would not shorten the step as it does the "
+                "changes, and noise may turn it around. Use another algorithm, such as 'fedavg', 'fedadam' or "
+                "'scaffold'."
+            )
 
     def _check_distributed(self, later: Sequence[Transform], aggregator: Aggregator) -> None:
         if aggregator.integer_bits is None:

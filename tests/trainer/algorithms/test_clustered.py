@@ -101,6 +101,20 @@ def test_a_model_that_nobody_chooses_stays() -> None:
     assert ifca(3, (1.0, 30.0))[1] == 30.0
 
 
+def test_what_clients_send_of_ifca_can_be_compressed_and_attacked() -> None:
+    clients = quadratic_clients(TWO_GROUPS, (1.0,) * 4, (1,) * 4)
+    top = fl.compression.Compress(fl.compression.TopK(0.5), error_feedback=False)  # one number of two models
+    strategy = FederatedStrategy(Started(), local_steps=5, transforms=[top])
+    module = Quadratic()
+    trainer(strategy, 1).fit(module, clients)
+    assert strategy.history[-1]["bytes_per_client"] == top.compressor.num_bytes(2)
+    models = strategy.active_driver.state.server["models"]["x"].flatten().tolist()
+    assert models == pytest.approx(ifca(1), rel=1e-6)
+    adversary = fl.attacks.Adversary(fl.attacks.SignFlip(1.0), clients=[0, 1, 2, 3])
+    flipped = server_of(Started(), 1, clients, local_steps=5, adversary=adversary)["models"]["x"].flatten().tolist()
+    assert flipped == pytest.approx([2 * 1.0 - models[0], 2 * 3.0 - models[1]], rel=1e-6)
+
+
 def test_the_models_of_ifca_start_apart_and_the_first_is_that_of_the_user() -> None:
     params = {"w": torch.full((50,), 2.0), "b": torch.zeros(4)}
     first, second = IFCA(spread=0.1).candidates(IFCA(spread=0.1).server_init(params, 5))

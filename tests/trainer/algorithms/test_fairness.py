@@ -10,7 +10,7 @@ from lightning_fl import FederatedStrategy
 from lightning_fl.aggregation.robust.fedmgda import shortest_mixture
 from lightning_fl.algorithms import AFL, TERM
 from lightning_fl.algorithms.afl import onto_simplex
-from lightning_fl.types import Aggregate
+from lightning_fl.types import Aggregate, LocalRun
 from tests.helpers.training import Quadratic, minimise, quadratic_clients, trainer
 
 E, H = torch.tensor([0.0, 1.0, 4.0]).double(), torch.tensor([1.0, 2.0, 0.5]).double()
@@ -30,10 +30,32 @@ def test_term_stays_at_its_optimum(t: float, optimum: float) -> None:
     assert (torch.softmax(t * losses(optimum), 0) * H * (optimum - E)).sum().item() == pytest.approx(0.0, abs=1e-8)
 
 
+@pytest.mark.parametrize("t", [0.2, 1.0, -1.0])
+def test_the_first_step_of_term_is_its_formula(t: float) -> None:
+    """Although the losses are 50, 81 and 9, and nobody knows yet what to take the exponents relative to."""
+    found = minimise(FederatedStrategy(TERM(t=t), local_steps=1, weighting="uniform"), 1)
+    expected = (torch.softmax(t * losses(10.0), 0) * 0.1 * H * (10.0 - E)).sum().item()
+    assert 10.0 - found == pytest.approx(expected, rel=1e-9)
+
+
+def test_after_cut_exponents_term_knows_what_they_are_relative_to() -> None:
+    algorithm, run = TERM(t=1.0), LocalRun(1, 1, 1.0, 0.0, {})
+    server = algorithm.server_init({"x": torch.zeros(1)}, 2)  # float32 holds exponents up to 88
+    updates = []
+    for loss in (500.0, 503.0):
+        ctx = algorithm.client_init(server, None, torch.tensor(loss, dtype=torch.float64))
+        updates.append(algorithm.client_finish({"x": torch.ones(1)}, ctx, None, run)[0])
+    aux = {k: {n: sum(u.aux[k][n] for u in updates) for n in own} for k, own in updates[0].aux.items()}
+    total = Aggregate({"x": updates[0].delta["x"] + updates[1].delta["x"]}, {}, 2.0, aux, 2, 2)
+    state = algorithm.server_update(server, total)
+    assert state["params"]["x"].item() == pytest.approx(1.0)
+    assert state["shift"].item() == pytest.approx(501.5)
+
+
 def test_term_bears_losses_whose_exponentials_overflow() -> None:
     module = Quadratic(1000.0)
     trainer(FederatedStrategy(TERM(t=1.0), local_steps=20, weighting="uniform"), 8).fit(module, quadratic_clients())
-    assert 1.0 < module.x.item() < 3.0
+    assert 0.5 < module.x.item() < 3.0
 
 
 def test_afl_takes_the_known_first_rounds() -> None:

@@ -363,6 +363,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"schedule": Buffered(2), "durations": Q3, "aggregator": fl.privacy.SecureAggregation()},
         "sums updates that nobody sees",
     ),
+    **{
+        f"{name} and {type(schedule).__name__}": (
+            {"algorithm": name, "schedule": schedule, "durations": Q3},
+            rf"step of .* is a ratio .* {type(schedule).__name__}.*schedule with cohorts",
+        )
+        for name in ("qfedavg", "term", "afl", "ifca", "fedexp")
+        for schedule in (Buffered(2, staleness=fl.schedules.Polynomial()), FedAsync())
+    },
+    "fednova and FedAsync": (
+        {"algorithm": "fednova", "schedule": FedAsync(), "durations": Q3},
+        "FedNova sends changes in other units",
+    ),
+    "feddyn and FedAsync": (
+        {"algorithm": "feddyn", "schedule": FedAsync(), "durations": Q3},
+        r"FedDyn is right only .* FedAsync.* scales them",
+    ),
     "central privacy": (
         {
             "schedule": Deadline(3),
@@ -383,6 +399,12 @@ def test_contradictions_are_refused(name: str) -> None:
     options, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         fl.FederatedStrategy(**options)
+
+
+def test_ratios_go_with_cohorts_and_fednova_with_staleness_weights() -> None:
+    for name in ("qfedavg", "term", "afl", "ifca", "fedexp", "feddyn"):
+        fl.FederatedStrategy(name, schedule=Deadline(3), durations=Q3)
+    fl.FederatedStrategy("fednova", schedule=Buffered(2, staleness=fl.schedules.Polynomial()), durations=Q3)
 
 
 @pytest.mark.parametrize("options", [{"algorithm": "scaffold"}, {"aggregator": fl.aggregation.Median(1)}])

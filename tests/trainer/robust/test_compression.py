@@ -330,6 +330,9 @@ def test_what_can_not_be_right_is_refused() -> None:
     strategy("fedavg", transforms=[Compress(top)], aggregator=CompressedMean(TopK(0.1)))
     with pytest.raises(ValueError, match="is not a sum"):
         strategy("fedavg", transforms=[private], aggregator=CompressedMean(top))
+    for name in ("feddyn", "fedexp"):
+        with pytest.raises(ValueError, match=r"the very changes .* CompressedMean"):
+            strategy(name, aggregator=CompressedMean(top))
     for make in (
         lambda: TopK(0.0),
         lambda: RandomK(2.0),
