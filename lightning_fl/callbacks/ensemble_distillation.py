@@ -97,6 +97,14 @@ class EnsembleDistillation(FederatedCallback):
                 "out."
             )
         self._inputs = self._read(trainer)
+        with torch.no_grad():
+            shape = tuple(self._score(pl_module, {}, self._inputs[:1]).shape)
+        if len(shape) < 2 or shape[1] < 2:
+            raise MisconfigurationException(
+                f"EnsembleDistillation distils the softmax of class scores [batch, classes, ...], but the module's "
+                f"forward returns {list(shape)} for one input, whose softmax is always 1. Let it return a score for "
+                "each class, also if there are two."
+            )
         check_same_on_ranks(strategy.view.group, "public inputs", len(self._inputs))
 
     def _read(self, trainer: L.Trainer) -> Tensor:

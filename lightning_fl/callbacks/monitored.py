@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
@@ -13,7 +15,7 @@ def monitored_modes(trainer: L.Trainer) -> dict[str, Mode]:
     own = trainer.callbacks  # type: ignore[attr-defined]
     found: dict[str, Mode] = {}
     for kind in (EarlyStopping, ModelCheckpoint):
-        found.update({each.monitor: each.mode for each in own if isinstance(each, kind) and each.monitor})
+        found.update({each.monitor: cast(Mode, each.mode) for each in own if isinstance(each, kind) and each.monitor})
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -31,10 +31,11 @@ class PersonalizedEvaluation(L.Callback):
       model; then trained for ``finetune_epochs`` on the client's training data;
     - ``"local"``: the initial model of the first round, trained only on the client's training data.
 
-    These models are trained without the algorithm, schedules, callbacks and logging, with a new optimizer at the
-    learning rates of the last round's start. Federated training is not affected. Each client is evaluated on its home
-    rank, even if it has not taken part yet. ``limit_train_batches``, ``limit_val_batches`` and ``fast_dev_run`` apply
-    to each of these passes; ``limit_val_batches=0`` only turns off the validation of the global model.
+    These models are trained without the algorithm, schedules, callbacks, the module's ``optimizer_step`` and logging,
+    with a new optimizer at the learning rates of the last round's start. Federated training is not affected. Each
+    client is evaluated on its home rank, even if it has not taken part yet. ``limit_train_batches``,
+    ``limit_val_batches`` and ``fast_dev_run`` apply to each of these passes; ``limit_val_batches=0`` only turns off the
+    validation of the global model.
 
     Args:
         val: For each client the loader of its validation data, or a function that creates it. None: those of the
@@ -83,6 +84,11 @@ class PersonalizedEvaluation(L.Callback):
         self._loaders: Mapping[ClientId, Any] = {}
         self._first: Tree = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forgets an earlier run of another Trainer; a checkpoint's state comes after this."""
+        if stage == "fit" and trainer.current_epoch == 0:
+            self._first = {}
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Finds the clients' validation data, and keeps the initial model for the local ones."""
         if not isinstance(trainer.strategy, FederatedStrategy):
@@ -93,8 +99,20 @@ class PersonalizedEvaluation(L.Callback):
         self._check(trainer, pl_module)
         self._loaders = self._find_loaders(trainer)
         # A resumed run has the initial model from its checkpoint; the module's tensors are those of a later round.
-        if trainer.current_epoch == 0 and self.local_epochs != 0:
-            self._first = clones(pl_module.state_dict())
+        if trainer.current_epoch > 0 and self.local_epochs != 0 and not self._first:
+            raise MisconfigurationException(
+                "PersonalizedEvaluation trains the local models from that of the first round, which this run, "
+                f"continued after round {trainer.current_epoch}, does not have. Set local_epochs=0, or use the "
+                "callback from the first round on."
+            )
+
+    def on_round_start(
+        self, trainer: L.Trainer, module: L.LightningModule, round: int, cohort: Sequence[ClientId], view: RoundView
+    ) -> None:
+        """Keeps the first model for the local ones; frozen tensors once they are trained, as they were until then."""
+        if self.local_epochs != 0:
+            known = {*self._first, *view.trainer.tensors.frozen}
+            self._first.update(clones({name: tensor for name, tensor in view.tensors.items() if name not in known}))
 
     def state_dict(self) -> dict[str, Any]:
         """The initial model, for a run that is resumed from a checkpoint."""
@@ -155,7 +173,10 @@ class PersonalizedEvaluation(L.Callback):
         starts: dict[str, tuple[Tree, int]] = {"global": (before, 0)}
         starts["personalized"] = {**before, **personal}, finetune_epochs
         if num_passes:
-            starts["local"] = {name: self._first[name].to(module.device) for name in before}, num_passes
+            starts["local"] = (
+                {name: self._first.get(name, own).to(module.device) for name, own in before.items()},
+                num_passes,
+            )
         metrics: dict[str, dict[str, float]] = {}
         try:
             for kind, (start, num_epochs) in starts.items():

@@ -202,7 +202,7 @@ def tune(args: argparse.Namespace, seeds: Sequence[int]) -> list[Group]:
     study = optuna.create_study(
         study_name=f"{mode} {args.metric} of {sorted(args.tune)} with seeds {seeds}",
         storage=storage,
-        direction=f"{mode}imize",
+        direction="maximize" if mode == "max" else "minimize",
         load_if_exists=True,
     )
     # A resumed study draws different numbers than at its beginning.

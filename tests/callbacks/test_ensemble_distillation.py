@@ -143,8 +143,15 @@ def test_where_no_one_may_see_the_models_it_is_refused(options: Any, match: str)
         distil(Linear(), **options)
 
 
+class OneScore(Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, :1]
+
+
 def test_what_is_wrong_is_said() -> None:
     with pytest.raises(ValueError, match="steps=0"):
         EnsembleDistillation(steps=0)
     with pytest.raises(MisconfigurationException, match="no batches of tensors"):
         distil(Linear(), own=EnsembleDistillation())
+    with pytest.raises(MisconfigurationException, match=r"forward returns \[1, 1\] for one input"):
+        distil(OneScore())

@@ -186,6 +186,39 @@ def test_a_resumed_run_evaluates_the_same_local_models() -> None:
     assert found[0] == found[1]
 
 
+def test_local_models_need_the_first_one() -> None:
+    first = trainer("fedavg", 1)
+    first.fit(Validated(), clients())
+    first.save_checkpoint("first.ckpt")
+    message = r"which this run, continued after round 1, does not have\. Set local_epochs=0"
+    with pytest.raises(MisconfigurationException, match=message):
+        trainer("fedavg", 2, callbacks=[PersonalizedEvaluation()]).fit(Validated(), clients(), ckpt_path="first.ckpt")
+    evaluation = PersonalizedEvaluation(local_epochs=0)
+    trainer("fedavg", 2, callbacks=[evaluation]).fit(Validated(), clients(), ckpt_path="first.ckpt")
+    assert evaluation.metrics[0].keys() == {"global", "personalized"}
+
+
+class Unfreezes(L.Callback):
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        pl_module.net[1].requires_grad_(trainer.current_epoch > 0)
+
+
+def test_checkpoints_hold_of_the_first_model_what_is_trained() -> None:
+    def first(module: Validated, *callbacks: L.Callback, rounds: int = 1, **kwargs: Any) -> Any:
+        evaluation = PersonalizedEvaluation(**kwargs)
+        run = trainer("fedavg", rounds, callbacks=[*callbacks, evaluation])
+        run.fit(module, clients())
+        assert all(kinds for kinds in evaluation.metrics.values())
+        return evaluation.state_dict()["first"]
+
+    frozen = Validated()
+    frozen.net[1].requires_grad_(False)
+    assert first(frozen).keys() == {"net.3.weight", "net.3.bias"}
+    assert not first(Validated(), local_epochs=0)
+    later = first(Validated(), Unfreezes(), rounds=2)
+    torch.testing.assert_close(later, dict(Validated().state_dict()), rtol=0, atol=0)
+
+
 def evaluate() -> Any:
     evaluation = PersonalizedEvaluation(every_n_rounds=2, local_epochs=1)
     strategy = FederatedStrategy("fedavg", clients_per_round=2)
