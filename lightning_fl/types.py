@@ -183,7 +183,8 @@ class LocalRun:
         num_examples: Number of examples in one pass over the client's loader.
         weight: The client's weight in the mean.
         loss: Mean training loss over the examples processed; NaN if the module returned none.
-        lr_sum: For each tensor, the sum of the learning rates of its optimizer steps.
+        lr_sum: For each tensor, the sum of the learning rates of its optimizer steps. With SGD's momentum, how far it
+            moves under a constant gradient of 1.
         normalizer: FedNova's ``|a_i|_1``, or None if it is unknown for the optimizer.
         logged: The client's own values of the numbers that the module logged with ``self.log``.
     """

@@ -23,13 +23,15 @@ class Scaffold(Algorithm):
     .. math::
         g &\leftarrow g - c_i + c \\
         c_i^+ &= \nabla F_i(x) \quad \text{(option I)} \qquad \text{or} \qquad
-        c_i^+ = c_i - c + \frac{x - y_i}{\sum_k \eta_k} \quad \text{(option II)} \\
+        c_i^+ = c_i - c + \frac{x - y_i}{\sum_k \eta_k a_k} \quad \text{(option II)} \\
         x &\leftarrow x + \eta_s \, \mathrm{mean}_i (y_i - x), \qquad
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
     Option II divides by the sum of the local learning rates where the paper has :math:`K \eta`, so it accounts for a
-    learning-rate schedule; if the sum is 0, a client keeps its control variate. It is derived for plain SGD. Other
-    frameworks divide by the last learning rate, or weight the control variates by examples.
+    learning-rate schedule; if the sum is 0, a client keeps its control variate. The paper derives it for plain SGD, where
+    :math:`a_k = 1`. With momentum :math:`a_k` is how often the gradient of step :math:`k` counts, as in FedNova, so that
+    the control variate is still a mean of gradients; momentum that a client keeps from an earlier round is left out.
+    Other frameworks divide by the last learning rate, or weight the control variates by examples.
 
     Args:
         server_lr: The server's learning rate :math:`\eta_s`. Default 1.
@@ -65,13 +67,11 @@ class Scaffold(Algorithm):
         return "grad" if self.option == 1 else None
 
     def check_optimizers(self, optimizers: Sequence[Optimizer]) -> None:
-        plain = all(type(o) is SGD and all(group["momentum"] == 0 for group in o.param_groups) for o in optimizers)
-        if not plain and self.option == 2:
+        if self.option == 2 and not all(type(optimizer) is SGD for optimizer in optimizers):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with momentum or adaptive steps "
-                "it is not a gradient and may not correct the drift. Use torch.optim.SGD without momentum, or "
-                "Scaffold(option=1).",
+                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with adaptive steps it is no mean of "
+                "gradients and may not correct the drift. Use torch.optim.SGD, or Scaffold(option=1).",
                 stacklevel=2,
             )
 

@@ -90,8 +90,8 @@ class FedNovaNormalizer:
         self._unit = 0.0
         self._buffer: float | None = None
 
-    def step(self, group: Mapping[str, Any]) -> None:
-        """Takes a step with the options of a parameter group."""
+    def step(self, group: Mapping[str, Any]) -> float:
+        """Takes a step with the options of a parameter group; returns its length."""
         momentum, lr, move = group["momentum"], float(group["lr"]), 1.0
         # As in torch's SGD, dampening does not apply to the first step.
         if momentum:
@@ -101,6 +101,7 @@ class FedNovaNormalizer:
         self._unit = self._unit or lr
         if lr:
             self.length += lr / self._unit * move
+        return lr * move
 
 
 class OptimizerStates:
@@ -123,7 +124,8 @@ class OptimizerStates:
         self.schedules: list[Schedule] = []
         self.num_steps = 0
         self.lr_sums: list[list[float]] = []
-        self._normalizers: list[list[FedNovaNormalizer]] | None = None
+        self._is_measured = False
+        self._normalizers: list[list[FedNovaNormalizer]] = []
         self._is_counting = True
         self._own_params: list[list[list[nn.Parameter]]] = []
         self._first_epochs: list[int] = []
@@ -236,7 +238,7 @@ class OptimizerStates:
 
     def recount(self, num_steps: int) -> None:
         """Restarts counting with ``num_steps`` steps at the current options."""
-        self._start_counting(self._normalizers is not None)
+        self._start_counting(self._is_measured)
         # Every step is counted with the current options: under a schedule clients train together only with equal work,
         # whose steps need no recount.
         for _ in range(num_steps):
@@ -350,7 +352,11 @@ class OptimizerStates:
             optimizer.state.update(state)
 
     def lr_sum(self, params: Mapping[str, Tensor]) -> dict[str, float]:
-        """For each parameter, the sum of the learning rates of the client's steps."""
+        """For each parameter, the sum of the learning rates of the client's steps, with SGD's momentum.
+
+        With momentum a gradient also moves the parameter in later steps, so that SGD's sum is the distance that it
+        moves under a constant gradient of 1.
+        """
         of_param = {
             id(param): total
             for optimizer, totals in zip(self.optimizers, self.lr_sums, strict=True)
@@ -366,7 +372,7 @@ class OptimizerStates:
             None if it is unknown: for optimizers other than ``torch.optim.SGD``, with momentum of an earlier round, and
             if it differs between parameter groups.
         """
-        if self._normalizers is None:
+        if not self._is_measured:
             return None
         shared = {id(param) for param in params.values()}
         lengths = [
@@ -382,20 +388,22 @@ class OptimizerStates:
         self.num_steps = self._depth = 0  # a step that has raised has not been counted
         groups = [optimizer.param_groups for optimizer in self.optimizers]
         self.lr_sums = [[0.0] * len(group) for group in groups]
-        self._normalizers = [[FedNovaNormalizer() for _ in group] for group in groups] if is_measured else None
+        self._is_measured = is_measured
+        self._normalizers = [
+            [FedNovaNormalizer() for _ in group] if type(optimizer) is SGD else []
+            for optimizer, group in zip(self.optimizers, groups, strict=True)
+        ]
 
     def count(self, index: int, optimizer: Optimizer) -> None:
         """Counts a step of the optimizer at ``index`` with its current options."""
         if not self._is_counting:
             return
         self.num_steps += 1
-        if self._normalizers is not None:
-            for run, group in zip(self._normalizers[index], optimizer.param_groups, strict=False):
-                run.step(group)
         # A parameter group that was added during the round, as a finetuning callback does, has no entry yet.
         sums = self.lr_sums[index] if self.lr_sums else []
         for position, group in enumerate(optimizer.param_groups[: len(sums)]):
-            sums[position] += float(group["lr"])
+            runs = self._normalizers[index]
+            sums[position] += runs[position].step(group) if runs else float(group["lr"])
 
     @contextmanager
     def not_counting(self) -> Iterator[None]:

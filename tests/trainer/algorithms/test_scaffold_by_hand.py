@@ -27,14 +27,18 @@ def two_labels_each() -> list[TensorDataset]:
 
 
 class Rectified(Plain):
-    def __init__(self) -> None:
-        super().__init__(lr=LR)
+    def __init__(self, momentum: float = 0.0) -> None:
+        lr = LR * (1 - momentum)
+        super().__init__(make_optimizer=lambda params: torch.optim.SGD(params, lr=lr, momentum=momentum))
         self.net[2] = nn.ReLU()
 
 
-def by_hand(option: int) -> Tensor:
-    """Algorithm 1 of Karimireddy et al. (2020) with all clients in each round and a server step of 1."""
-    net, clients = Rectified().net, two_labels_each()
+def by_hand(option: int, momentum: float = 0.0) -> Tensor:
+    """Algorithm 1 of Karimireddy et al. (2020) with all clients in each round and a server step of 1.
+
+    With momentum the distance is divided by that under a constant gradient of 1.
+    """
+    net, clients, lr = Rectified().net, two_labels_each(), LR * (1 - momentum)
     shapes = {name: param.shape for name, param in net.named_parameters()}
 
     def gradient(at: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -48,24 +52,27 @@ def by_hand(option: int) -> Tensor:
     for _ in range(ROUNDS):
         models, controls = [], []
         for client, data in enumerate(clients):
-            model, steps = x_server.clone(), 0
+            model, distance = x_server.clone(), 0.0
+            velocity, unit_velocity = torch.zeros_like(model), 0.0
             for first in range(0, len(data), BATCH_SIZE):
                 x, y = data[first : first + BATCH_SIZE]
-                model -= LR * (gradient(model, x, y) - c_clients[client] + c_server)
-                steps += 1
+                velocity = momentum * velocity + gradient(model, x, y) - c_clients[client] + c_server
+                unit_velocity = momentum * unit_velocity + 1
+                model -= lr * velocity
+                distance += lr * unit_velocity
             models.append(model)
             if option == 1:
                 controls.append(gradient(x_server, *data[:]))
             else:
-                controls.append(c_clients[client] - c_server + (x_server - model) / (steps * LR))
+                controls.append(c_clients[client] - c_server + (x_server - model) / distance)
         x_server = torch.stack(models).mean(0)
         c_server += (torch.stack(controls) - c_clients).mean(0)
         c_clients = torch.stack(controls)
     return x_server
 
 
-def in_a_trainer(algorithm: fl.algorithms.Algorithm) -> Tensor:
-    module = Rectified()
+def in_a_trainer(algorithm: fl.algorithms.Algorithm, momentum: float = 0.0) -> Tensor:
+    module = Rectified(momentum)
     data = fl.datamodules.ClientDatasets(two_labels_each(), batch_size=BATCH_SIZE, shuffle=False)
     trainer(fl.FederatedStrategy(algorithm), ROUNDS).fit(module, data)
     return weights(module)
@@ -78,3 +85,9 @@ def test_it_is_the_algorithm_of_the_paper(option: int) -> None:
     # The corrections matter here, so that the comparison would notice wrong ones.
     uncorrected = in_a_trainer(fl.algorithms.FedAvg()) if option == 2 else by_hand(2)
     assert (uncorrected - expected).abs().max() > 0.01
+
+
+def test_with_momentum_the_control_is_still_a_mean_of_gradients() -> None:
+    found = in_a_trainer(fl.algorithms.Scaffold(), momentum=0.5)
+    torch.testing.assert_close(found, by_hand(2, momentum=0.5), rtol=1e-9, atol=1e-11)
+    assert (found - by_hand(2)).abs().max() > 0.001
