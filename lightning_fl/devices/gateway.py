@@ -38,6 +38,7 @@ from lightning_fl.federation import (
     close_server,
     open_server,
 )
+from lightning_fl.federation.errors import NotFiniteError
 from lightning_fl.federation.server import update_templates
 from lightning_fl.files import write_whole
 from lightning_fl.schedules import Asynchronous
@@ -415,7 +416,10 @@ class Gateway:
             raise _Unusable(unusable)
         acc, _ = aggregator.merge(acc, LocalGroup(), Message(), ctx)
         joined = RankReport.join(reports)
-        closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
+        try:
+            closing = close_server(ServerRound(self.settings, state, {}, self._templates[-1], ctx), acc, joined)
+        except NotFiniteError as error:
+            raise _Unusable(dict.fromkeys(self.arrived, str(error))) from error
         bad = wire.finite_error(flatten({"server": closing.state.server, "memory": closing.state.memory}))
         if bad is not None:
             raise _Unusable(dict.fromkeys(self.arrived, f"{wire.readable(bad)!r} would hold NaN or Inf"))

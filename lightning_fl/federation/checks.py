@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_fl.federation.errors import NotFiniteError
 from lightning_fl.tree import is_finite, leaves
 from lightning_fl.types import Aggregate, State, Tree, Update
 
@@ -37,7 +38,8 @@ def check_next_model(owner: object, found: Any, expected: Tree, aggregate: Aggre
         aggregate: What it was given.
 
     Raises:
-        ValueError: Also if any entry holds NaN or Inf.
+        ValueError: As in :func:`check_server_state`.
+        NotFiniteError: If any entry holds NaN or Inf.
     """
     state = check_server_state(owner, "server_update", found, expected)
     spoilt = next((key for key, own in state.items() if not _is_finite({key: own})), None)
@@ -50,7 +52,7 @@ def check_next_model(owner: object, found: Any, expected: Tree, aggregate: Aggre
             if sums_are_finite
             else "See what it divides by."
         )
-        raise ValueError(
+        raise NotFiniteError(
             f"{source} with NaN or Inf, although no client's update has any. The global model is unchanged. {remedy}"
         )
     return state

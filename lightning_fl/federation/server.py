@@ -133,7 +133,7 @@ def server_step(
         The next state, the aggregate after the transforms, and the facts that the transforms report.
 
     Raises:
-        ValueError: If the algorithm's next state holds NaN or Inf.
+        NotFiniteError: If the algorithm's next state holds NaN or Inf.
     """
     # The caller's state is not changed: it is restored if the round can't be closed.
     states, contexts = list(state.transforms), contexts_of(settings, ctx)

@@ -331,7 +331,9 @@ def _costs(run: Run) -> str:
         figures.append(markup.image(plots.curves_figure(drawn, name, height=2.8), caption, drawn, name))
     phases = {label: [row["seconds"].get(name) or 0.0 for row in rows] for name, label in PHASES.items()}
     phases = {label: values for label, values in phases.items() if sum(values) >= LEAST_SECONDS}
-    figures.append(markup.image(plots.phases_figure(rounds, phases), "time of each round by phase, without validation"))
+    if phases:
+        stacked = plots.phases_figure(rounds, phases)
+        figures.append(markup.image(stacked, "time of each round by phase, without validation"))
     totals = {label: sum(values) for label, values in phases.items()}
     everything = run.seconds or sum(totals.values())
     totals["validation, saving, logging"] = max(0.0, everything - sum(totals.values()))

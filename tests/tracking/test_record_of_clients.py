@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 import lightning_fl as fl
 from lightning_fl import FederatedStrategy
 from lightning_fl.callbacks import PersonalizedEvaluation, RunRecord
-from lightning_fl.tracking import Run
+from lightning_fl.tracking import Run, report
 from lightning_fl.tracking.report import render
 from tests.helpers.training import Plain, image_clients, loader, trainer
 
@@ -79,7 +79,8 @@ def test_a_failed_start_leaves_the_trainer_as_it_was() -> None:
     assert run.enable_autolog_hparams
 
 
-def test_the_page_of_a_private_run_says_where_its_time_went() -> None:
+def test_the_page_of_a_private_run_says_where_its_time_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "LEAST_SECONDS", 0.0)
     privacy = fl.privacy.ClientLevelDP(clip=1.0, noise_multiplier=1.0, delta=1e-3)
     strategy = FederatedStrategy("fedavg", num_clients=4, transforms=[privacy])
     trainer(strategy, 2, callbacks=[RunRecord("run")]).fit(Plain(), loader(32, 8))

@@ -109,7 +109,7 @@ def test_logged_values_are_read_and_shown() -> None:
     assert not logged.is_computed(result)
     assert result.compute() == 2.0
     assert logged.is_computed(result)
-    logged.show(result, 5.0, "float64")
+    logged.show(result, 5.0, "float64", of_step=True)
     assert result.compute().dtype == torch.float64
     assert results.metrics(on_step=True)["callback"] == {"loss": 5.0, "loss_step": 5.0}
     assert results.metrics(on_step=False)["callback"] == {"loss": 5.0, "loss_epoch": 5.0}

@@ -336,7 +336,7 @@ def test_a_teacher_of_buffers_is_noised() -> None:
     before = module.target_0.clone()
     run = trainer(FederatedStrategy(transforms=[transform]), 1)
     with (
-        pytest.warns(UserWarning, match="buffers .* are clipped and noised"),
+        pytest.warns(UserWarning, match="clips buffers .* and adds noise to them"),
         pytest.warns(UserWarning, match=r"changed 'target_0'.* It was put back"),
     ):
         run.fit(module, image_clients((9, 9)))
