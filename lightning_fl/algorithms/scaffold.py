@@ -28,10 +28,10 @@ class Scaffold(Algorithm):
         c \leftarrow c + \frac{1}{N} \sum_i (c_i^+ - c_i)
 
     Option II divides by the sum of the local learning rates where the paper has :math:`K \eta`, so it accounts for a
-    learning-rate schedule; if the sum is 0, a client keeps its control variate. The paper derives it for plain SGD, where
-    :math:`a_k = 1`. With momentum :math:`a_k` is how often the gradient of step :math:`k` counts, as in FedNova, so that
-    the control variate is still a mean of gradients; momentum that a client keeps from an earlier round is left out.
-    Other frameworks divide by the last learning rate, or weight the control variates by examples.
+    learning-rate schedule; if the sum is 0, a client keeps its control variate. The paper derives it for plain SGD,
+    where :math:`a_k = 1`. With momentum :math:`a_k` is how often the gradient of step :math:`k` counts, as in FedNova,
+    so that the control variate is still a mean of gradients; momentum that a client keeps from an earlier round is left
+    out. Other frameworks divide by the last learning rate, or weight the control variates by examples.
 
     Args:
         server_lr: The server's learning rate :math:`\eta_s`. Default 1.
@@ -70,8 +70,8 @@ class Scaffold(Algorithm):
         if self.option == 2 and not all(type(optimizer) is SGD for optimizer in optimizers):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with adaptive steps it is no mean of "
-                "gradients and may not correct the drift. Use torch.optim.SGD, or Scaffold(option=1).",
+                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with adaptive steps it is no mean "
+                "of gradients and may not correct the drift. Use torch.optim.SGD, or Scaffold(option=1).",
                 stacklevel=2,
             )
 
