@@ -70,8 +70,8 @@ class Scaffold(Algorithm):
         if self.option == 2 and not all(type(optimizer) is SGD for optimizer in optimizers):
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
             warnings.warn(
-                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with adaptive steps it is no mean "
-                "of gradients and may not correct the drift. Use torch.optim.SGD, or Scaffold(option=1).",
+                f"SCAFFOLD's control variate is derived for plain SGD, found {names}: with adaptive steps it is not "
+                "a mean of gradients and may not correct the drift. Use torch.optim.SGD, or Scaffold(option=1).",
                 stacklevel=2,
             )
 
