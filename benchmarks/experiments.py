@@ -137,9 +137,8 @@ round, 10 local epochs of SGD at 0.01 with momentum 0.9 in batches of 64, LeNet,
 Dirichlet(0.5), or each client has two of them. With Dirichlet(0.5) the paper reports 0.881 +- 0.006 for FedAvg. A run
 takes minutes on a GPU and 35 minutes or more of one core, so that most of them have not been run yet.
 
-SCAFFOLD computes its controls from gradients here (`option=1`). With those of the default, `option=2`, most clients'
-updates hold NaN from round 7 on: momentum lets a model move ten times as far as its gradients, so that controls made of
-the distance correct too much. The strategy warns of that before it trains."""
+SCAFFOLD's control variates count momentum. When they were divided by the learning rates alone, which is right without
+momentum, most clients' updates held NaN from round 7 on."""
 EXPERIMENTS["niid"] = Experiment(
     "NIID-Bench on Fashion-MNIST",
     NIID_TEXT,

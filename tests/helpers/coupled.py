@@ -410,7 +410,7 @@ UNSOUND: dict[str, Case] = {
     "a running mean in an object": Case(RunningMeanInAnObject, "next (statistics.mean)"),
     "a running mean in a hook": Case(RunningMeanInAHook, "next (mean)"),
     "the first batch decides": Case(FirstBatchDecides, "scale)"),
-    "a penalty in every 4th step": Case(PenaltyAtTimes, "penalise no weights"),
+    "a penalty in every 4th step": Case(PenaltyAtTimes, "weight penalty"),
     "16 bits": Case(MixesALittle, "normalisation", precision="bf16-mixed"),
 }
 SOUND: dict[str, Case] = {
