@@ -100,4 +100,4 @@ def test_error_feedback_on_digits() -> None:
     dense = compressed()
     assert compressed(PowerSGD(1)) > dense - 0.02
     assert compressed(Compress(TopK(0.01))) > compressed(Compress(TopK(0.01), error_feedback=False)) + 0.01
-    assert compressed(LowRank(1, error_feedback=False)) + 0.05 < compressed(LowRank(1)) < dense
+    assert compressed(LowRank(1, error_feedback=False)) + 0.02 < compressed(LowRank(1)) < dense
