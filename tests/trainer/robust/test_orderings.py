@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import statistics
 from typing import Any
 
 import lightning as L
@@ -82,13 +83,13 @@ def test_who_stops_a_backdoor(robust: Any, rule: str, least: float, most: float)
     assert found["val_acc"] > 0.93
 
 
-def compressed(*transforms: Any) -> float:
+def compressed(*transforms: Any, seed: int = 0) -> float:
     """The accuracy of an MLP on the digits with 10 Dirichlet(.3) clients after 80 rounds."""
-    L.seed_everything(0, verbose=False)
+    L.seed_everything(seed, verbose=False)
     data = fl.datamodules.PartitionedDataModule(
         fl.datamodules.DigitsDataModule(batch_size=32), fl.datamodules.Dirichlet(0.3), num_clients=10
     )
-    strategy = fl.FederatedStrategy("fedavg", transforms=transforms, local_steps=5, seed=0)
+    strategy = fl.FederatedStrategy("fedavg", transforms=transforms, local_steps=5, seed=seed)
     run = trainer(strategy, 80, check_val_every_n_epoch=80, num_sanity_val_steps=0)
     run.fit(fl.models.MLPClassifier(hidden=(64,), lr=0.3), data)
     return run.callback_metrics["val_acc"].item()
@@ -100,4 +101,9 @@ def test_error_feedback_on_digits() -> None:
     dense = compressed()
     assert compressed(PowerSGD(1)) > dense - 0.02
     assert compressed(Compress(TopK(0.01))) > compressed(Compress(TopK(0.01), error_feedback=False)) + 0.01
-    assert compressed(LowRank(1, error_feedback=False)) + 0.02 < compressed(LowRank(1)) < dense
+    # One seed alone varies by more than the difference.
+    without, kept = (
+        statistics.mean(compressed(LowRank(1, error_feedback=feedback), seed=seed) for seed in SEEDS)
+        for feedback in (False, True)
+    )
+    assert without + 0.05 < kept < dense
